@@ -1,0 +1,87 @@
+"""Arrays to estimates: every number with its error; no tokens, models or devices here."""
+
+from __future__ import annotations
+
+from .coefficients import Cotangents, token_contributions, token_cotangent_tangents, token_cotangents
+from .compare import Comparison, compare_direct, compare_integrated
+from .estimate import Estimate
+from .linear import EtaStar, eta_star, linear_change, quadratic_change
+from .quadrature import integral_weights, nested_error_weights, next_node, radau_nodes
+from .ratio import (
+    entropy,
+    first_derivative,
+    influence_entropy,
+    influence_first,
+    influence_second,
+    second_derivative,
+)
+from .resampling import Jackknife, jackknife
+from .samples import EstimatorKind, Per, PromptSums, TokenCurvature, TokenTangents, TokenValues, prompt_sums
+from .sanity import (
+    EffectiveSampleSize,
+    RaoBlackwellRatio,
+    effective_sample_size,
+    ess,
+    mean_score,
+    mean_weight,
+    rb_variance_ratio,
+)
+from .truth import (
+    ChangeSums,
+    change_sums,
+    direct_change,
+    influence_change,
+    integrated_change,
+    integration_error,
+    noise_floor,
+)
+
+__all__ = [
+    "ChangeSums",
+    "Comparison",
+    "Cotangents",
+    "EffectiveSampleSize",
+    "Estimate",
+    "EstimatorKind",
+    "EstimatorKind",
+    "EtaStar",
+    "Jackknife",
+    "Per",
+    "Per",
+    "PromptSums",
+    "RaoBlackwellRatio",
+    "TokenCurvature",
+    "TokenTangents",
+    "TokenValues",
+    "change_sums",
+    "compare_direct",
+    "compare_integrated",
+    "direct_change",
+    "effective_sample_size",
+    "entropy",
+    "ess",
+    "eta_star",
+    "first_derivative",
+    "influence_change",
+    "influence_entropy",
+    "influence_first",
+    "influence_second",
+    "integral_weights",
+    "integrated_change",
+    "integration_error",
+    "jackknife",
+    "linear_change",
+    "mean_score",
+    "mean_weight",
+    "nested_error_weights",
+    "next_node",
+    "noise_floor",
+    "prompt_sums",
+    "quadratic_change",
+    "radau_nodes",
+    "rb_variance_ratio",
+    "second_derivative",
+    "token_contributions",
+    "token_cotangent_tangents",
+    "token_cotangents",
+]
