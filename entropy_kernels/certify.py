@@ -1,0 +1,307 @@
+r"""Check a model's derivatives before trusting them, and name the layer that is wrong.
+
+Wrong derivatives are mostly silent: an operator without a forward rule has a tangent of zero, a nested rule loses its outer level.
+With f a fixed random mix of the entropies and logprobs of one short sequence, and v a random direction scaled like the parameters:
+
+    the model itself, in its own dtype        f'·v = ⟨∇f, v⟩                         forward mode against reverse mode
+                                              (f'·v)'·v = ⟨(∇f)'·v, v⟩               forward over forward against forward over reverse
+    its first two layers, in float64          f'·v and (f'·v)'·v against finite differences, float32 casts lifted
+
+If any of these fails, every module is tested alone on the inputs it saw, innermost first, and the first bad one is named.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from entropy_kernels.errors import CertificationError
+from entropy_kernels.policy import KeepFloat64, MicroBatch, Parameters, Policy, TokenBatch, micro_batches
+
+_func: Any = torch.func  # its type stubs do not know that has_aux decides how many results there are
+_LENGTH = 12
+_EXACT = {
+    torch.float64: (1e-9, 1e-8),
+    torch.float32: (3e-4, 3e-3),
+}  # allowed error of first and second derivatives
+_DIFFERENCES = (1e-7, 1e-6)  # the same for finite differences in float64
+_STEP = 1e-3
+_TINY = 1e-12
+
+Scalar = Callable[[Parameters], Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Certificate:
+    """Relative errors that were found, each against the size of the quantity checked; all passed."""
+
+    first: float  # forward against reverse, working dtype
+    second: float  # forward over forward against forward over reverse, working dtype
+    first_difference: float  # forward mode against finite differences, float64, first two layers
+    second_difference: float
+
+    def to_json(self) -> dict[str, float]:
+        """The four errors by name."""
+        return asdict(self)
+
+
+def certify(policy: Policy, batch: TokenBatch | None = None) -> Certificate:
+    """Raise unless the policy's first and second derivatives are right; see the module's docstring for what is compared.
+
+    Args:
+        policy: the model and its parameters.
+        batch: where to take the short sequence from; without it, twelve token ids spread over the vocabulary.
+
+    Returns:
+        The errors found.
+
+    Raises:
+        CertificationError: naming the layer, what was compared and by how much it is off.
+    """
+    ids = _short_sequence(policy, batch)
+    micro = _micro(policy, ids)
+    _check_repeatable(policy, micro)
+    first, second = _forward_against_reverse(_mix(policy, micro), policy.params)
+    small, small_ids = _two_layers(policy, ids)
+    differences = _forward_against_differences(_mix(small, _micro(small, small_ids)), small.params)
+    errors = {
+        "forward against reverse mode": (first, _EXACT[policy.dtype][0]),
+        "forward-over-forward against forward-over-reverse mode": (second, _EXACT[policy.dtype][1]),
+        "forward mode against finite differences": (differences[0], _DIFFERENCES[0]),
+        "forward-over-forward mode against finite differences": (differences[1], _DIFFERENCES[1]),
+    }
+    for what, (error, bound) in errors.items():
+        if not error <= bound:
+            layer = _find_culprit(policy, micro)
+            raise CertificationError(
+                f"certify: {layer} has a wrong or missing derivative: {what} differs by {error:.2g} of its size, at most {bound:.0e} "
+                "is allowed. A custom operator without a forward-mode rule, or a rule that loses nested derivatives, is the usual "
+                "cause; replace the layer by plain torch operations, or give its autograd.Function a jvp that calls another Function."
+            )
+    return Certificate(
+        first=first, second=second, first_difference=differences[0], second_difference=differences[1]
+    )
+
+
+def _short_sequence(policy: Policy, batch: TokenBatch | None) -> Tensor:
+    if batch is None:
+        vocab = policy.model.get_input_embeddings().weight.shape[0]
+        return torch.linspace(0, vocab - 1, _LENGTH).long()
+    lengths = batch.attention_mask.bool().sum(1)
+    shortest = int(lengths.argmin())
+    return batch.input_ids[shortest][batch.attention_mask[shortest].bool()][-_LENGTH:].cpu()
+
+
+def _micro(policy: Policy, ids: Tensor) -> MicroBatch:
+    response = torch.ones(1, len(ids), dtype=torch.bool)
+    response[:, 0] = False
+    batch = TokenBatch(
+        ids.unsqueeze(0), torch.ones_like(response), response, torch.zeros(1, dtype=torch.int64)
+    )
+    return next(iter(micro_batches(policy, batch)))
+
+
+def _check_repeatable(policy: Policy, micro: MicroBatch) -> None:
+    with torch.no_grad():
+        once, twice = (policy.rows(policy.params, micro)[0] for _ in range(2))
+    if not bool(torch.isfinite(once).all()):
+        raise CertificationError(
+            "certify: the model gives entropies that are not finite on a short sequence. Check the weights for NaN or infinity."
+        )
+    if not torch.equal(once, twice):
+        raise CertificationError(
+            "certify: two forward passes over one sequence differ, so the model is not a function of its parameters. Turn off dropout "
+            "and any other source of randomness."
+        )
+
+
+def _direction(params: Parameters) -> Parameters:
+    generator = torch.Generator().manual_seed(0)
+    scaled = {}
+    for name, p in params.items():
+        noise = torch.randn(p.shape, generator=generator, dtype=torch.float32).to(p.device, p.dtype)
+        scaled[name] = noise * p.square().mean().sqrt().clamp_min(1e-3)
+    return scaled
+
+
+def _mix(policy: Policy, micro: MicroBatch) -> Scalar:
+    """f(θ) = Σ_k (1 + k mod 3)(H_k − S_k/2): one number with no symmetry that could hide an error."""
+
+    def f(params: Parameters) -> Tensor:
+        entropy, logprob = policy.rows(params, micro)
+        weight = 1 + torch.arange(len(entropy), device=entropy.device) % 3
+        return (weight * (entropy - logprob / 2)).sum()
+
+    return f
+
+
+def _forward_against_reverse(f: Scalar, point: Parameters) -> tuple[float, float]:
+    v = _direction(point)
+
+    def along(p: Parameters) -> Tensor:
+        return _func.jvp(f, (p,), (v,))[1]
+
+    try:
+        forward, forward_forward = _func.jvp(along, (point,), (v,))
+        gradient, product = _func.jvp(_func.grad(f), (point,), (v,))
+    except (RuntimeError, NotImplementedError):
+        return (
+            math.inf,
+            math.inf,
+        )  # an operator says that it lacks a rule: as wrong as one that does not say so
+    return _compare(forward, gradient, v), _compare(forward_forward, product, v)
+
+
+def _compare(forward: Tensor, reverse: Parameters, v: Parameters) -> float:
+    """|forward − ⟨reverse, v⟩| over the root of the summed squares of the parts, one part per tensor."""
+    parts = torch.stack([(reverse[name].double() * v[name].double()).sum() for name in v])
+    size = (
+        parts.square().sum().sqrt().clamp_min(_TINY)
+    )  # a layer that is constant in v has nothing to be relative to
+    return ((forward.double() - parts.sum()).abs() / size).item()
+
+
+def _forward_against_differences(f: Scalar, point: Parameters) -> tuple[float, float]:
+    """Errors of f' and f'' along v against differences of f and of f', five-point rule: relative error of order step⁴."""
+    v = _direction(point)
+    zero = torch.zeros((), dtype=torch.float64, device=next(iter(point.values())).device)
+    one = torch.ones_like(zero)
+
+    def along(eta: Tensor) -> Tensor:
+        return f({name: p + eta * v[name] for name, p in point.items()})
+
+    def first(eta: Tensor) -> Tensor:
+        return _func.jvp(along, (eta,), (one,))[1]
+
+    def difference(g: Callable[[Tensor], Tensor]) -> Tensor:
+        at = {k: g(zero + k * _STEP).detach() for k in (-2, -1, 1, 2)}
+        return (8 * (at[1] - at[-1]) - (at[2] - at[-2])) / (12 * _STEP)
+
+    slope, bend = _func.jvp(first, (zero,), (one,))
+    size = along(zero).abs() + slope.abs() + bend.abs() + _TINY
+    return ((slope - difference(along)).abs() / size).item(), ((bend - difference(first)).abs() / size).item()
+
+
+def _layers(model: Any) -> tuple[str, nn.ModuleList]:
+    lists = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m)]
+    if not lists:
+        raise CertificationError(
+            f"certify: {type(model).__name__} has no list of layers; expected a decoder with one."
+        )
+    return max(lists, key=lambda item: len(item[1]))
+
+
+@contextlib.contextmanager
+def _first_layers_only(model: Any) -> Iterator[None]:
+    """Within: the model has its first two layers, and no output or input embedding, so that a copy is small."""
+    name, layers = _layers(model)
+    parent = model.get_submodule(name.rpartition(".")[0])
+    attribute = name.rpartition(".")[2]
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    plain = type(embedding) is nn.Embedding and type(head) is nn.Linear
+    setattr(parent, attribute, layers[:2])
+    if plain:
+        model.set_input_embeddings(nn.Embedding(1, 1))
+        model.set_output_embeddings(nn.Linear(1, 1))
+    try:
+        yield
+    finally:
+        setattr(parent, attribute, layers)
+        if plain:
+            model.set_input_embeddings(embedding)
+            model.set_output_embeddings(head)
+
+
+def _two_layers(policy: Policy, ids: Tensor) -> tuple[Policy, Tensor]:
+    """A float64 copy of the first two layers, with only the vocabulary that the sequence and a few more tokens need."""
+    model = policy.model
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    with _first_layers_only(model):
+        small = copy.deepcopy(model)
+    small.config.num_hidden_layers = min(2, small.config.num_hidden_layers)
+    if type(embedding) is nn.Embedding and type(head) is nn.Linear:
+        kept, ids = torch.unique(
+            torch.cat([ids, torch.arange(min(64, embedding.weight.shape[0]))]), return_inverse=True
+        )
+        ids = ids[: len(ids) - min(64, embedding.weight.shape[0])]
+        small.set_input_embeddings(nn.Embedding(len(kept), embedding.weight.shape[1]))
+        small.set_output_embeddings(nn.Linear(head.weight.shape[1], len(kept), bias=head.bias is not None))
+        small.config.vocab_size = len(kept)
+        kept = kept.to(policy.device)
+        small.get_input_embeddings().weight = nn.Parameter(embedding.weight[kept].detach().clone())
+        small.get_output_embeddings().weight = (
+            small.get_input_embeddings().weight
+            if head.weight is embedding.weight
+            else nn.Parameter(head.weight[kept].detach().clone())
+        )
+        if head.bias is not None:
+            small.get_output_embeddings().bias = nn.Parameter(head.bias[kept].detach().clone())
+    small = small.double().requires_grad_(False)
+    params = {name: p.detach() for name, p in small.named_parameters()}
+    copied = Policy(
+        model=small,
+        tokenizer=None,
+        params=params,
+        temperature=policy.temperature,
+        micro_batch_tokens=policy.micro_batch_tokens,
+    )
+    return copied, ids
+
+
+def _find_culprit(policy: Policy, micro: MicroBatch) -> str:
+    """The innermost module whose own derivatives are wrong, tested in float64 on the inputs it saw."""
+    seen: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {}
+    handles = [
+        module.register_forward_pre_hook(
+            lambda _m, args, kwargs, name=name: seen.setdefault(name, (args, kwargs)) and None,
+            with_kwargs=True,
+        )
+        for name, module in policy.model.named_modules()
+        if name
+    ]
+    try:
+        with torch.no_grad():
+            policy.rows(policy.params, micro)
+    finally:
+        for handle in handles:
+            handle.remove()
+    modules = dict(policy.model.named_modules())
+    for name in sorted(seen, key=lambda name: -name.count(".")):
+        module, (args, kwargs) = modules[name], seen[name]
+        first, second = _module_errors(module, args, kwargs)
+        if not (first <= _DIFFERENCES[0] and second <= _DIFFERENCES[1]):
+            return f"layer {name} ({type(module).__name__})"
+    return f"{type(policy.model).__name__}, outside any one of its modules,"
+
+
+def _module_errors(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[float, float]:
+    """Errors of a module's own first and second derivatives, forward and reverse, against finite differences in float64."""
+    alone = copy.deepcopy(module).double()
+    leaves, structure = tree_flatten((args, kwargs))
+    real = [i for i, x in enumerate(leaves) if isinstance(x, Tensor) and x.is_floating_point()]
+    inputs = {f"input {i}": leaves[i].detach().double() for i in real}
+    params = {name: p.detach() for name, p in alone.named_parameters()}
+
+    def f(at: Parameters) -> Tensor:
+        filled = list(leaves)
+        for i in real:
+            filled[i] = at[f"input {i}"]
+        new_args, new_kwargs = tree_unflatten(filled, structure)
+        with KeepFloat64():
+            out = _func.functional_call(alone, {name: at[name] for name in params}, new_args, new_kwargs)
+        flat = torch.cat(
+            [x.reshape(-1) for x in tree_flatten(out)[0] if isinstance(x, Tensor) and x.is_floating_point()]
+        )
+        return (flat * torch.linspace(-1, 1.5, flat.numel(), dtype=flat.dtype, device=flat.device)).sum()
+
+    modes = _forward_against_reverse(f, inputs | params)
+    differences = _forward_against_differences(f, inputs | params)
+    return max(modes[0], differences[0]), max(modes[1], differences[1])
