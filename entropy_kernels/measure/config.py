@@ -1,0 +1,165 @@
+"""What to measure, and with what: every choice of a measurement in one frozen record."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+from ..errors import UserError
+from ..stats import EstimatorKind, Per
+
+CHOICES = {
+    "update": ("adamw", "rmsprop", "sgd"),
+    "advantage": ("grpo", "grpo_nostd", "rloo"),
+    "loss": ("grpo", "dapo", "dr_grpo_longest", "dr_grpo_constant"),
+    "per": ("token", "sequence"),
+    "estimator": ("per_decision", "whole_sequence"),
+    "truth": ("direct", "integrated", "both"),
+    "precision": ("float32", "float64"),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeasureConfig:
+    """The choices of one measurement; the command line has a flag of the same name for each.
+
+    Attributes:
+        model: model directory or hub id, for a checkpoint that does not bring its own tokenizer, or to measure without a checkpoint.
+        ckpt: checkpoint directory: the parameters measured at, and the optimizer state. None with a model: `update` must be "sgd".
+        dataset: data set of prompts, hub id or .json/.jsonl/.parquet file.
+        prompt_column, answer_column, chat_template, reward: how prompts are read and completions are judged.
+        rollouts_u, rollouts_e: Parquet files to use instead of sampling the update batch U or the evaluation batch E.
+        prompts_u, group_size: size of U; prompts_e, group_size_e: size of E.
+        max_new_tokens, temperature: how completions are sampled; the temperature is part of the policy.
+        seed: of the prompts' order and of every completion.
+        etas: learning rates to measure at; empty for eight from 1e-8 to ten times the checkpoint's.
+        learning_rate: instead of the one stored in the checkpoint.
+        update, advantage, loss, max_grad_norm: the step as the trainer takes it; 0 for no clipping.
+        per, estimator: which entropy, by which estimator (docs/theory.md, section 5).
+        truth: which form of the true change; second_order: whether to compute the quadratic prediction.
+        integration_rtol: nodes are added until the quadrature error of the integrated truth is below this share of it.
+        precision: dtype of weights and arithmetic. device: None for a GPU where there is one.
+        micro_batch_tokens: tokens in one micro-batch; less needs less memory. sample_batch: completions sampled at once.
+        output: directory for the report.
+    """
+
+    model: str | None = None
+    ckpt: str | None = None
+    dataset: str | None = None
+    prompt_column: str | None = None
+    answer_column: str | None = None
+    chat_template: bool = False
+    reward: str = "exact_match_number"
+    rollouts_u: str | None = None
+    rollouts_e: str | None = None
+    prompts_u: int = 64
+    group_size: int = 8
+    prompts_e: int = 256
+    group_size_e: int = 1
+    max_new_tokens: int = 150
+    temperature: float = 1.0
+    seed: int = 0
+    etas: tuple[float, ...] = ()
+    learning_rate: float | None = None
+    update: str = "adamw"
+    advantage: str = "grpo"
+    loss: str = "dapo"
+    max_grad_norm: float = 1.0
+    per: Per = "token"
+    estimator: EstimatorKind = "per_decision"
+    truth: str = "both"
+    second_order: bool = True
+    integration_rtol: float = 1e-3
+    precision: str = "float32"
+    device: str | None = None
+    micro_batch_tokens: int = 2048
+    sample_batch: int = 64
+    output: str | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be measured before anything is loaded."""
+        for name, allowed in CHOICES.items():
+            if getattr(self, name) not in allowed:
+                raise UserError(f"{name}: got {getattr(self, name)!r}, expected one of {', '.join(allowed)}.")
+        for name in ("prompts_u", "group_size_e", "max_new_tokens", "micro_batch_tokens", "sample_batch"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name}: got {getattr(self, name)}, expected at least 1.")
+        if self.group_size < 2:
+            raise UserError(
+                f"group_size: got {self.group_size}, expected at least 2: the advantage of a response is relative to the others of its "
+                "group. Pass --group-size 8."
+            )
+        if self.prompts_e < 2:
+            raise UserError(
+                f"prompts_e: got {self.prompts_e}, expected at least 2: prompts are the independent units that errors are taken over."
+            )
+        if not self.temperature > 0:
+            raise UserError(f"temperature: got {self.temperature}, expected a positive number.")
+        if any(not eta > 0 for eta in self.etas):
+            raise UserError(f"etas: got {list(self.etas)}, expected positive learning rates.")
+        if self.learning_rate is not None and not self.learning_rate > 0:
+            raise UserError(f"learning_rate: got {self.learning_rate}, expected a positive number.")
+        if self.max_grad_norm < 0:
+            raise UserError(f"max_grad_norm: got {self.max_grad_norm}, expected 0 (no clipping) or more.")
+        if self.model is None and self.ckpt is None:
+            raise UserError(
+                "ckpt: nothing to measure; pass --ckpt DIRECTORY, or no argument at all for the demo."
+            )
+        if self.ckpt is None and self.update != "sgd":
+            raise UserError(
+                f"update: got {self.update!r} without a checkpoint, which needs its optimizer state; pass --ckpt, or --update sgd for the "
+                "plain gradient."
+            )
+        if self.dataset is None and (self.rollouts_u is None or self.rollouts_e is None):
+            raise UserError(
+                "dataset: there is nothing to sample from; pass --dataset, or both --rollouts-u and --rollouts-e."
+            )
+
+    @property
+    def source(self) -> str:
+        """Where the parameters are: the checkpoint, else the model."""
+        chosen = self.ckpt or self.model
+        assert chosen is not None  # __post_init__ saw to it
+        return chosen
+
+    @classmethod
+    def demo(cls, **changes: object) -> MeasureConfig:
+        """The embedded demo: a tiny model that adds, in the middle of its training."""
+        from .. import demo
+
+        settings: dict[str, object] = {
+            "ckpt": str(demo.checkpoint_dir()),
+            "dataset": str(demo.prompts_file()),
+            "prompts_u": 32,
+            "prompts_e": 256,
+            "group_size_e": 4,
+            "max_new_tokens": 12,
+            "sample_batch": 512,
+        }
+        return cls(**{**settings, **changes})  # type: ignore[arg-type]
+
+    def to_json(self) -> dict[str, object]:
+        """The choices by name, for the report."""
+        found = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in found.items()}
+
+
+def output_directory(config: MeasureConfig) -> Path:
+    """The directory for the report: the one asked for if it holds no report yet, else the first free `entropy_report-N`.
+
+    Raises:
+        UserError: the directory asked for holds a report already, or is a file.
+    """
+    if config.output is not None:
+        path = Path(config.output)
+        if path.exists() and not path.is_dir():
+            raise UserError(f"output: {path} is a file, expected a directory; choose another name.")
+        if (path / "report.json").exists():
+            raise UserError(
+                f"output: {path} holds a report already, which is kept; choose another directory or remove it."
+            )
+        return path
+    number = 1
+    while (path := Path("entropy_report" if number == 1 else f"entropy_report-{number}")).exists():
+        number += 1
+    return path
