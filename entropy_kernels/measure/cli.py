@@ -56,6 +56,8 @@ def parser() -> argparse.ArgumentParser:
 
     data = p.add_argument_group("prompts and samples")
     add(data, "--dataset", "hub id, or a .json, .jsonl or .parquet file of prompts")
+    add(data, "--dataset-config", "configuration of a hub data set, such as main for GSM8K")
+    add(data, "--dataset-split", "its split")
     add(data, "--prompt-column", "its column of prompts (default: guessed)")
     add(data, "--answer-column", "its column of answers (default: guessed)")
     add(data, "--chat-template", "apply the tokenizer's chat template", action="store_true")
@@ -75,7 +77,7 @@ def parser() -> argparse.ArgumentParser:
     add(data, "--temperature", "of the policy: sampling and entropy", type=float, metavar="τ")
 
     step = p.add_argument_group("the step")
-    add(step, "--update", "optimizer whose step is measured")
+    add(step, "--update", "adamw, rmsprop, sgd, next:CHECKPOINT or FILE.safetensors", metavar="RULE")
     add(step, "--advantage", "how rewards become advantages")
     add(step, "--loss", "how tokens are weighted in the loss")
     add(step, "--max-grad-norm", "gradient clipping of the trainer, 0 for none", type=float, metavar="X")

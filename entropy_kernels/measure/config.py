@@ -8,8 +8,8 @@ from pathlib import Path
 from ..errors import UserError
 from ..stats import EstimatorKind, Per
 
+RULES = ("adamw", "rmsprop", "sgd")
 CHOICES = {
-    "update": ("adamw", "rmsprop", "sgd"),
     "advantage": ("grpo", "grpo_nostd", "rloo"),
     "loss": ("grpo", "dapo", "dr_grpo_longest", "dr_grpo_constant"),
     "per": ("token", "sequence"),
@@ -26,7 +26,7 @@ class MeasureConfig:
     Attributes:
         model: model directory or hub id, for a checkpoint that does not bring its own tokenizer, or to measure without a checkpoint.
         ckpt: checkpoint directory: the parameters measured at, and the optimizer state. None with a model: `update` must be "sgd".
-        dataset: data set of prompts, hub id or .json/.jsonl/.parquet file.
+        dataset: data set of prompts, hub id or .json/.jsonl/.parquet file; dataset_config, dataset_split: which part of a hub data set.
         prompt_column, answer_column, chat_template, reward: how prompts are read and completions are judged.
         rollouts_u, rollouts_e: Parquet files to use instead of sampling the update batch U or the evaluation batch E.
         prompts_u, group_size: size of U; prompts_e, group_size_e: size of E.
@@ -34,7 +34,8 @@ class MeasureConfig:
         seed: of the prompts' order and of every completion.
         etas: learning rates to measure at; empty for eight from 1e-8 to ten times the checkpoint's.
         learning_rate: instead of the one stored in the checkpoint.
-        update, advantage, loss, max_grad_norm: the step as the trainer takes it; 0 for no clipping.
+        update, advantage, loss, max_grad_norm: the step as the trainer takes it; 0 for no clipping. `update` may also be
+            next:CHECKPOINT, the step that was taken, or a .safetensors file with the direction.
         per, estimator: which entropy, by which estimator (docs/theory.md, section 5).
         truth: which form of the true change; second_order: whether to compute the quadratic prediction.
         integration_rtol: nodes are added until the quadrature error of the integrated truth is below this share of it.
@@ -46,6 +47,8 @@ class MeasureConfig:
     model: str | None = None
     ckpt: str | None = None
     dataset: str | None = None
+    dataset_config: str | None = None
+    dataset_split: str = "train"
     prompt_column: str | None = None
     answer_column: str | None = None
     chat_template: bool = False
@@ -105,12 +108,22 @@ class MeasureConfig:
             raise UserError(
                 "ckpt: nothing to measure; pass --ckpt DIRECTORY, or no argument at all for the demo."
             )
-        if self.ckpt is None and self.update != "sgd":
+        read = self.update.startswith("next:") or self.update.endswith(".safetensors")
+        if not read and self.update not in RULES:
+            raise UserError(
+                f"update: got {self.update!r}, expected one of {', '.join(RULES)}, next:CHECKPOINT for the step that was taken, "
+                "or a .safetensors file that holds the direction."
+            )
+        if read and self.rollouts_u is not None:
+            raise UserError(
+                f"rollouts_u: got {self.rollouts_u!r} with update={self.update!r}, which needs no update batch; leave one of them out."
+            )
+        if self.ckpt is None and not read and self.update != "sgd":
             raise UserError(
                 f"update: got {self.update!r} without a checkpoint, which needs its optimizer state; pass --ckpt, or --update sgd for the "
                 "plain gradient."
             )
-        if self.dataset is None and (self.rollouts_u is None or self.rollouts_e is None):
+        if self.dataset is None and (self.rollouts_e is None or (self.rollouts_u is None and not read)):
             raise UserError(
                 "dataset: there is nothing to sample from; pass --dataset, or both --rollouts-u and --rollouts-e."
             )
@@ -130,11 +143,12 @@ class MeasureConfig:
         settings: dict[str, object] = {
             "ckpt": str(demo.checkpoint_dir()),
             "dataset": str(demo.prompts_file()),
-            "prompts_u": 32,
+            "prompts_u": 64,
             "prompts_e": 256,
             "group_size_e": 4,
             "max_new_tokens": 12,
             "sample_batch": 512,
+            "micro_batch_tokens": 16384,
         }
         return cls(**{**settings, **changes})  # type: ignore[arg-type]
 

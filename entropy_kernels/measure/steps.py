@@ -9,7 +9,6 @@ No arithmetic happens here; formulas live in `stats`, `updates` and `derivatives
 from __future__ import annotations
 
 import contextlib
-import math
 import sys
 import time
 from collections.abc import Iterator
@@ -20,18 +19,18 @@ import numpy as np
 import torch
 
 from ..certify import certify
-from ..checkpoints import StepInfo, learning_rate, load_optimizer_state
-from ..derivatives import token_gradient, token_stats, token_tangents
+from ..checkpoints import StepInfo
+from ..derivatives import token_stats, token_tangents
 from ..errors import UserError
-from ..policy import Parameters, Policy, TokenBatch
+from ..policy import Policy, TokenBatch
 from ..report import Result
-from ..rl.advantages import degenerate_groups, loss_weights
+from ..rl.advantages import degenerate_groups
 from ..rl.rollouts import Rollouts
 from ..rl.sampling import sample_rollouts
 from ..rl.tasks import load_prompts, resolve_reward, split_prompts
-from ..updates import OptimizerState, UpdateDirection, update_direction
 from .along import Along, bar, logprob_mismatch
 from .config import MeasureConfig
+from .direction import describe_update, get_update, load_state, read_direction, replayed
 from .writing import environment, token_table, write_update
 
 _MISMATCH_ALLOWED = 0.05  # mean |difference| of log-probs, nats, between a sampler and the policy
@@ -52,6 +51,7 @@ def measure_step(config: MeasureConfig, *, directory: str | None = None, progres
         UserError: input that cannot be measured, saying what to do.
         CertificationError: the model's derivatives are wrong, naming the layer.
     """
+    resolve_reward(config.reward)  # a wrong name is said before anything is loaded
     clock = _Clock(progress)
     progress = progress and sys.stderr.isatty()  # bars need a terminal; lines per stage do not
     with exact_arithmetic():
@@ -63,32 +63,37 @@ def measure_step(config: MeasureConfig, *, directory: str | None = None, progres
             certificate = certify(policy)
         with clock("rollouts"):
             U, E = get_rollouts(config, policy, directory, progress)
-        batch_u, batch_e = batch_of(U), batch_of(E)
-        with clock("update"):
-            check_samples(policy, U, batch_u, "rollouts_u", config.rollouts_u)
+            batch_e = batch_of(E)
             check_samples(policy, E, batch_e, "rollouts_e", config.rollouts_e)
-            update = get_update(config, policy, state, U, batch_u, eta_checkpoint, progress)
+        with clock("update"):
+            if U is None:
+                update = read_direction(config, policy, eta_checkpoint)
+            else:
+                batch_u = batch_of(U)
+                check_samples(policy, U, batch_u, "rollouts_u", config.rollouts_u)
+                update = get_update(config, policy, state, U, batch_u, eta_checkpoint, progress)
             if directory is not None:
                 write_update(directory, update.direction)
         with clock("entropy"):
             along = Along(config, policy, update.direction, batch_e, etas, progress)
-        with clock("tokens of U"), bar(progress, "update tokens", len(U)) as tick:
-            tokens_u = token_tangents(policy, batch_u, update.direction, progress=tick)
+        tables = {
+            "rollouts_e": E.to_table(),
+            "tokens_e": token_table(batch_e, policy.tokenizer, along.token_columns()),
+        }
+        if U is not None:
+            with clock("tokens of U"), bar(progress, "update tokens", len(U)) as tick:
+                tokens_u = token_tangents(policy, batch_u, update.direction, progress=tick)
+            tables["rollouts_u"] = U.to_table()
+            tables["tokens_u"] = token_table(batch_u, policy.tokenizer, tokens_u._asdict())
     report = {
         "config": {**config.to_json(), "learning_rate": eta_checkpoint, "etas": list(etas)},
         "environment": environment(policy),
         "certify": certificate.to_json(),
         "definitions": definitions(config),
-        "rollouts": {"u": describe(U), "e": describe(E)},
+        "rollouts": {**({} if U is None else {"u": describe(U)}), "e": describe(E)},
         "update": describe_update(config, update, eta_checkpoint, info),
         **along.report(E, eta_checkpoint),
         "timings": clock.seconds,
-    }
-    tables = {
-        "rollouts_u": U.to_table(),
-        "rollouts_e": E.to_table(),
-        "tokens_u": token_table(batch_u, policy.tokenizer, tokens_u._asdict()),
-        "tokens_e": token_table(batch_e, policy.tokenizer, along.token_columns()),
     }
     return Result(report=report, tables=tables)
 
@@ -103,15 +108,6 @@ def load_policy(config: MeasureConfig) -> Policy:
         micro_batch_tokens=config.micro_batch_tokens,
         base=config.model if config.ckpt is not None else None,
     )
-
-
-def load_state(config: MeasureConfig, policy: Policy) -> tuple[OptimizerState, StepInfo | None]:
-    """The checkpoint's optimizer state; without a checkpoint an empty one, which only plain gradients accept."""
-    if config.ckpt is None or (config.update == "sgd" and config.learning_rate is not None):
-        return OptimizerState(
-            params=policy.params, slots={}, hyper={name: {} for name in policy.params}
-        ), None
-    return load_optimizer_state(config.ckpt, policy.model), learning_rate(config.ckpt)
 
 
 def choose_etas(config: MeasureConfig, info: StepInfo | None) -> tuple[float, tuple[float, ...]]:
@@ -139,11 +135,16 @@ def choose_etas(config: MeasureConfig, info: StepInfo | None) -> tuple[float, tu
 
 def get_rollouts(
     config: MeasureConfig, policy: Policy, directory: str | None, progress: bool
-) -> tuple[Rollouts, Rollouts]:
-    """U with rewards and advantages, and E: read from Parquet or sampled from exactly π; saved as soon as they exist."""
+) -> tuple[Rollouts | None, Rollouts]:
+    """U with rewards and advantages, and E: read from Parquet or sampled from exactly π; saved as soon as they exist.
+
+    U is None where the direction is read and needs no batch.
+    """
+    wanted = replayed(config)
     u = None if config.rollouts_u is None else Rollouts.load(config.rollouts_u)
     e = None if config.rollouts_e is None else Rollouts.load(config.rollouts_e)
-    if u is None or e is None:
+    need_u = wanted and u is None
+    if need_u or e is None:
         assert config.dataset is not None  # the configuration saw to it
         prompts = load_prompts(
             config.dataset,
@@ -151,17 +152,17 @@ def get_rollouts(
             prompt_column=config.prompt_column,
             answer_column=config.answer_column,
             chat_template=config.chat_template,
+            config=config.dataset_config,
+            split=config.dataset_split,
         )
         used = {ids for rollouts in (u, e) if rollouts is not None for ids in rollouts.prompt_ids}
-        prompts = [
-            prompt for prompt in prompts if tuple(prompt.token_ids) not in used
-        ]  # U and E share no prompt
+        prompts = [p for p in prompts if tuple(p.token_ids) not in used]  # U and E share no prompt
         reward = resolve_reward(config.reward)
         answers = {prompt.prompt_id: prompt.answer for prompt in prompts}
         chosen_u, chosen_e = split_prompts(
             prompts,
-            0 if u is not None else config.prompts_u,
-            0 if e is not None else config.prompts_e,
+            config.prompts_u if need_u else 0,
+            config.prompts_e if e is None else 0,
             config.seed,
         )
 
@@ -179,47 +180,17 @@ def get_rollouts(
             )
             return drawn.with_rewards(reward, answers)
 
-        if u is None:
+        if need_u:
             u = sample(chosen_u, config.group_size, config.seed)
         if e is None:
             e = sample(chosen_e, config.group_size_e, config.seed + 1)
-    if u.advantage is None:
+    if u is not None and u.advantage is None:
         u = u.with_advantages(config.advantage)
     if directory is not None:
-        u.save(f"{directory}/rollouts_u.parquet")
+        if u is not None:
+            u.save(f"{directory}/rollouts_u.parquet")
         e.save(f"{directory}/rollouts_e.parquet")
     return u, e
-
-
-def get_update(
-    config: MeasureConfig,
-    policy: Policy,
-    state: OptimizerState,
-    U: Rollouts,
-    batch: TokenBatch,
-    eta: float,
-    progress: bool,
-) -> UpdateDirection:
-    """The gradient of the loss on U, −Σ ω A ∇S, and the direction the optimizer makes of it."""
-    assert U.advantage is not None  # get_rollouts saw to it
-    advantage = torch.as_tensor(np.asarray(U.advantage), dtype=torch.float64)
-    if not bool((advantage != 0).any()):
-        raise UserError(
-            "rollouts_u: every advantage is zero (all responses to a prompt were rewarded alike), so there is no update to measure. "
-            "Use more prompts (--prompts-u), larger groups (--group-size), or prompts of medium difficulty."
-        )
-    omega = loss_weights(
-        batch.response_mask,
-        torch.as_tensor(np.asarray(U.group_index)).long(),
-        kind=config.loss,
-        max_new_tokens=config.max_new_tokens,
-    )
-    weight = -omega.double() * advantage.unsqueeze(1)
-    with policy.as_trained(), bar(progress, "update gradient", len(U)) as tick:
-        gradient = token_gradient(policy, batch, logprob_weight=weight, progress=tick)
-    return update_direction(
-        gradient, state, rule=config.update, lr=eta, max_grad_norm=config.max_grad_norm or None
-    )
 
 
 def batch_of(rollouts: Rollouts) -> TokenBatch:
@@ -264,27 +235,6 @@ def describe(rollouts: Rollouts) -> dict[str, Any]:
         )
         found["degenerate_groups_share"] = alike / count
     return found
-
-
-def describe_update(
-    config: MeasureConfig, update: UpdateDirection, eta: float, info: StepInfo | None
-) -> dict[str, Any]:
-    """The direction's norm, its parts and how it came about."""
-
-    def norm(x: Parameters) -> float:
-        return math.sqrt(sum(float(t.double().square().sum()) for t in x.values()))
-
-    return {
-        "rule": config.update,
-        "loss": config.loss,
-        "advantage": config.advantage,
-        "learning_rate": eta,
-        "norm": norm(update.direction),
-        "parts": {name: norm(part) for name, part in update.parts.items()},
-        "gradient_norm": update.gradient_norm,
-        "clip": update.clip,
-        "optimizer_steps": None if info is None else info.optimizer_steps,
-    }
 
 
 def definitions(config: MeasureConfig) -> dict[str, str]:

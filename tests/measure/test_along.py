@@ -13,7 +13,8 @@ import pytest
 from entropy_kernels import stats
 from entropy_kernels.measure.along import Along
 from entropy_kernels.measure.config import MeasureConfig
-from entropy_kernels.measure.steps import batch_of, get_rollouts, get_update, load_policy, load_state
+from entropy_kernels.measure.direction import get_update, load_state
+from entropy_kernels.measure.steps import batch_of, get_rollouts, load_policy
 
 ETAS = (2e-7, 3e-7, 4.5e-7, 7e-7, *(float(x) for x in np.geomspace(1e-6, 1e-4, 7)))
 # Powers are fitted in [2e-7, 1e-6]: below, truth − quadratic is lost in the rounding of the truth; above, importance weights

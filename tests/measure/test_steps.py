@@ -14,14 +14,13 @@ from entropy_kernels import demo
 from entropy_kernels.checkpoints import StepInfo
 from entropy_kernels.errors import UserError
 from entropy_kernels.measure.config import MeasureConfig, output_directory
+from entropy_kernels.measure.direction import get_update, load_state, read_direction
 from entropy_kernels.measure.steps import (
     batch_of,
     choose_etas,
     exact_arithmetic,
     get_rollouts,
-    get_update,
     load_policy,
-    load_state,
     measure_step,
 )
 from entropy_kernels.rl.rollouts import Rollouts
@@ -55,6 +54,35 @@ def test_direction_is_the_step_that_the_trainer_took():
         replace(config, update="rmsprop"),
     ):
         assert step_taken(wrong, recorded, demo.next_dir() / "model.safetensors")[0] > 1e-6
+
+
+def test_the_step_taken_and_its_replay_change_entropy_alike(tmp_path):
+    recorded = str(demo.next_dir() / "recorded" / "rollouts_u.parquet")
+    common = dict(prompts_e=12, group_size_e=2, etas=(2e-5,), second_order=False, truth="integrated")
+    replay = measure_step(
+        MeasureConfig.demo(**common, rollouts_u=recorded), directory=str(tmp_path), progress=False
+    )
+    sample = dict(rollouts_e=str(tmp_path / "rollouts_e.parquet"), **common)
+    for update in (f"next:{demo.next_dir()}", str(tmp_path / "update.safetensors")):
+        result = measure_step(MeasureConfig.demo(**sample, update=update), progress=False)
+        assert set(result.tables) == {"rollouts_e", "tokens_e"} and result.summary()
+        change, want = (r.report["changes"][0]["true_integrated"].value for r in (result, replay))
+        assert change == pytest.approx(want, rel=1e-3)
+        result.save(tmp_path / "report")
+
+
+@pytest.mark.parametrize(
+    "update, message",
+    [
+        ("next:nowhere", "nowhere"),
+        ("missing.safetensors", "missing.safetensors"),
+        (f"next:{demo.checkpoint_dir()}", "no step at all"),
+    ],
+)
+def test_a_direction_that_is_none_is_refused(update, message):
+    config = MeasureConfig.demo(update=update)
+    with pytest.raises(UserError, match=message):
+        read_direction(config, load_policy(config), 1e-5)
 
 
 @pytest.fixture(scope="module")
@@ -180,6 +208,7 @@ def test_tf32_is_off_whatever_was_set_and_put_back():
         (dict(temperature=0.0), "temperature"),
         (dict(etas=(0.0,)), "positive"),
         (dict(update="adam"), "expected one of"),
+        (dict(update="next:x", rollouts_u="u.parquet"), "needs no update batch"),
         (dict(ckpt=None), "nothing to measure"),
         (dict(ckpt=None, model="m"), "without a checkpoint"),
         (dict(dataset=None), "--dataset"),

@@ -1,0 +1,138 @@
+r"""The direction v that is measured: the step an optimizer would take, the step that was taken, or one from a file.
+
+adamw, rmsprop, sgd   g = −Σ ω A ∇S on the update batch U, then the optimizer's rule
+next:CHECKPOINT       v = (θ_next − θ)/η, the step that really happened, at the learning rate η it was taken with
+FILE.safetensors      v by parameter name, per unit of learning rate, such as another report's update.safetensors
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..checkpoints import StepInfo, load_optimizer_state
+from ..checkpoints import learning_rate as stored_learning_rate
+from ..derivatives import token_gradient
+from ..errors import UserError
+from ..policy import Parameters, Policy, TokenBatch, check_direction
+from ..rl.advantages import loss_weights
+from ..rl.rollouts import Rollouts
+from ..updates import OptimizerState, UpdateDirection, update_direction
+from .along import bar
+from .config import RULES, MeasureConfig
+
+
+def load_state(config: MeasureConfig, policy: Policy) -> tuple[OptimizerState, StepInfo | None]:
+    """The checkpoint's optimizer state; without a checkpoint an empty one, which only plain gradients accept."""
+    if config.ckpt is None or (config.update == "sgd" and config.learning_rate is not None):
+        return OptimizerState(
+            params=policy.params, slots={}, hyper={name: {} for name in policy.params}
+        ), None
+    return load_optimizer_state(config.ckpt, policy.model), stored_learning_rate(config.ckpt)
+
+
+def replayed(config: MeasureConfig) -> bool:
+    """Whether the direction is made from an update batch, rather than read."""
+    return config.update in RULES
+
+
+def read_direction(config: MeasureConfig, policy: Policy, eta: float) -> UpdateDirection:
+    """The direction of `next:CHECKPOINT` or of a file, as one part that is called "step".
+
+    Raises:
+        UserError: nothing there, or other parameters than the policy's.
+    """
+    name = config.update.removeprefix("next:")
+    taken = name != config.update
+    path = Path(name) / "model.safetensors" if taken else Path(name)
+    if not path.is_file():
+        raise UserError(
+            f"update: there is no file {path}; expected "
+            + (
+                "a checkpoint directory with model.safetensors."
+                if taken
+                else "a .safetensors file with one tensor per parameter."
+            )
+        )
+    from safetensors.torch import load_file
+
+    found = load_file(path)
+    direction: Parameters = {}
+    for key, p in policy.params.items():
+        if key not in found:
+            raise UserError(
+                f"update: {path} has no tensor {key!r}; expected one for each of the {len(policy.params)} parameters of the model. "
+                "Pass a file or checkpoint of this very model."
+            )
+        x = found[key].to(p.device, torch.float64)
+        direction[key] = ((x - p.double()) / eta if taken and x.shape == p.shape else x).to(p.dtype)
+    check_direction(policy, direction)
+    if not any(bool(v.any()) for v in direction.values()):
+        raise UserError(
+            f"update: {path} is no step at all: the parameters are the same. Pass the checkpoint after this one."
+        )
+    ones = {key: torch.ones_like(v) for key, v in direction.items()}
+    return UpdateDirection(
+        direction=direction,
+        parts={"step": direction},
+        preconditioner=ones,
+        gain=dict.fromkeys(direction, math.nan),
+        clip=math.nan,
+        gradient_norm=math.nan,
+    )
+
+
+def get_update(
+    config: MeasureConfig,
+    policy: Policy,
+    state: OptimizerState,
+    U: Rollouts,
+    batch: TokenBatch,
+    eta: float,
+    progress: bool,
+) -> UpdateDirection:
+    """The gradient of the loss on U, −Σ ω A ∇S, and the direction the optimizer makes of it."""
+    assert U.advantage is not None  # get_rollouts saw to it
+    advantage = torch.as_tensor(np.asarray(U.advantage), dtype=torch.float64)
+    if not bool((advantage != 0).any()):
+        raise UserError(
+            "rollouts_u: every advantage is zero (all responses to a prompt were rewarded alike), so there is no update to measure. "
+            "Use more prompts (--prompts-u), larger groups (--group-size), or prompts of medium difficulty."
+        )
+    omega = loss_weights(
+        batch.response_mask,
+        torch.as_tensor(np.asarray(U.group_index)).long(),
+        kind=config.loss,
+        max_new_tokens=config.max_new_tokens,
+    )
+    weight = -omega.double() * advantage.unsqueeze(1)
+    with policy.as_trained(), bar(progress, "update gradient", len(U)) as tick:
+        gradient = token_gradient(policy, batch, logprob_weight=weight, progress=tick)
+    return update_direction(
+        gradient, state, rule=config.update, lr=eta, max_grad_norm=config.max_grad_norm or None
+    )
+
+
+def describe_update(
+    config: MeasureConfig, update: UpdateDirection, eta: float, info: StepInfo | None
+) -> dict[str, Any]:
+    """The direction's norm, its parts and how it came about."""
+
+    def norm(x: Parameters) -> float:
+        return math.sqrt(sum(float(t.double().square().sum()) for t in x.values()))
+
+    return {
+        "rule": config.update,
+        "loss": config.loss,
+        "advantage": config.advantage,
+        "learning_rate": eta,
+        "norm": norm(update.direction),
+        "parts": {name: norm(part) for name, part in update.parts.items()},
+        "gradient_norm": update.gradient_norm,
+        "clip": update.clip,
+        "optimizer_steps": None if info is None else info.optimizer_steps,
+    }
