@@ -38,11 +38,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--output", type=Path, required=True, help="directory for the checkpoints and the record"
     )
-    parser.add_argument("--steps", type=int, default=5, help="optimizer steps (at least 2)")
+    parser.add_argument("--steps", type=int, default=4, help="optimizer steps (at least 2)")
     parser.add_argument("--prompts", type=int, default=8, help="prompts per step")
     parser.add_argument("--group", type=int, default=8, help="completions per prompt")
     parser.add_argument("--loss-type", choices=sorted(TOKEN_WEIGHTS), default="dapo")
-    parser.add_argument("--lr", type=float, default=1e-5, help="constant learning rate")
+    parser.add_argument("--lr", type=float, default=2e-5, help="constant learning rate")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--small", action="store_true", help="2 steps of 4 prompts x 4 completions")
     args = parser.parse_args(argv)

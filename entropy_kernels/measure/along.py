@@ -23,7 +23,7 @@ from ..policy import Parameters, Policy, TokenBatch
 from ..rl.rollouts import Rollouts
 from .config import MeasureConfig
 
-FIRST_NODES, MOST_NODES = 5, 12
+FIRST_NODES, MOST_NODES = 5, 16
 COST = {"values": 1, "tangents": 3, "curvature": 9}  # in forward passes, for the progress bar
 
 
@@ -86,31 +86,37 @@ class Along:
             self._integrate(weighted["tangents"])
 
     def _integrate(self, tick: Callable[[int], Any]) -> None:
-        """Evaluate the first nodes, then add one where it helps most until every η is accurate enough."""
-        self.nodes = [self.base]
-        self.node_sums = [self.base_sums]
+        """Evaluate the first nodes, then refine where the error is until every η is accurate enough, or no more nodes are allowed."""
+        self.nodes, self.node_sums = [self.base], [self.base_sums]
+        breaks = [0.0, self.etas[-1]]
         waiting = [float(s) for s in stats.radau_nodes(FIRST_NODES, self.etas[-1]) if s != 0]
-        while waiting:
+        while True:
             for eta in waiting:
-                found = token_tangents(
-                    self.policy.shifted(self.direction, eta), self.batch, self.direction, progress=tick
-                )
-                node = Moved(
-                    eta,
-                    stats.TokenValues(_array(found.entropy), _array(found.logprob)),
-                    stats.TokenTangents(_array(found.d_entropy), _array(found.d_logprob)),
-                )
-                self.nodes.append(node)
-                self.node_sums.append(self.sums(node))
+                self._add_node(eta, tick)
             at = [node.eta for node in self.nodes]
-            self.weights = stats.integral_weights(at, self.etas)
-            error_weights = stats.nested_error_weights(at, self.etas)
-            self.errors = [stats.integration_error(self.node_sums, w) for w in error_weights]
-            good = all(
-                error <= self.config.integration_rtol * self._size(w, eta)
-                for error, w, eta in zip(self.errors, self.weights, self.etas, strict=True)
+            self.weights, error_weights = stats.panel_weights(breaks, at, self.etas)
+            errors = np.array(
+                [[stats.integration_error(self.node_sums, w) for w in panel] for panel in error_weights]
             )
-            waiting = [] if good or len(at) >= MOST_NODES else [stats.next_node(at, self.etas[-1])]
+            self.errors = errors.sum(axis=0)
+            share = self.errors / [self._size(w, eta) for w, eta in zip(self.weights, self.etas, strict=True)]
+            if share.max() <= self.config.integration_rtol:
+                return
+            breaks, waiting = stats.refine(breaks, at, int(errors[:, share.argmax()].argmax()))
+            if len(self.nodes) + len(waiting) > MOST_NODES:
+                return
+
+    def _add_node(self, eta: float, tick: Callable[[int], Any]) -> None:
+        found = token_tangents(
+            self.policy.shifted(self.direction, eta), self.batch, self.direction, progress=tick
+        )
+        node = Moved(
+            eta,
+            stats.TokenValues(_array(found.entropy), _array(found.logprob)),
+            stats.TokenTangents(_array(found.d_entropy), _array(found.d_logprob)),
+        )
+        self.nodes.append(node)
+        self.node_sums.append(self.sums(node))
 
     def _size(self, weights: np.ndarray, eta: float) -> float:
         """What the integrated truth's error is relative to: the change, or its linear part where the change is nearly zero."""
@@ -211,7 +217,7 @@ class Along:
             row.update(ess_tokens=size.tokens, ess_sequences=size.sequences, rounding=self.rounding[eta])
         if self.nodes:
             row["true_integrated"] = stats.integrated_change(self.node_sums, self.weights[index])
-            row["integration_error"] = self.errors[index]
+            row["integration_error"] = float(self.errors[index])
             row["z_linear"] = stats.compare_integrated(
                 self.node_sums, self.weights[index], self.base_sums, eta
             ).z_linear

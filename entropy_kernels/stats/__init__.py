@@ -6,6 +6,7 @@ from .coefficients import Cotangents, token_contributions, token_cotangent_tange
 from .compare import Comparison, compare_direct, compare_integrated
 from .estimate import Estimate
 from .linear import EtaStar, eta_star, linear_change, quadratic_change
+from .panels import panel_weights, refine
 from .quadrature import integral_weights, nested_error_weights, next_node, radau_nodes
 from .ratio import (
     entropy,
@@ -76,10 +77,12 @@ __all__ = [
     "nested_error_weights",
     "next_node",
     "noise_floor",
+    "panel_weights",
     "prompt_sums",
     "quadratic_change",
     "radau_nodes",
     "rb_variance_ratio",
+    "refine",
     "second_derivative",
     "token_contributions",
     "token_cotangent_tangents",
