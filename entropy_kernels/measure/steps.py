@@ -72,17 +72,19 @@ def measure_step(config: MeasureConfig, *, directory: str | None = None, progres
                 batch_u = batch_of(U)
                 check_samples(policy, U, batch_u, "rollouts_u", config.rollouts_u)
                 update = get_update(config, policy, state, U, batch_u, eta_checkpoint, progress)
+            direction, about_update = update.direction, describe_update(config, update, eta_checkpoint, info)
+            del state, update  # moments and parts are several times the model
             if directory is not None:
-                write_update(directory, update.direction)
+                write_update(directory, direction)
         with clock("entropy"):
-            along = Along(config, policy, update.direction, batch_e, etas, progress)
+            along = Along(config, policy, direction, batch_e, etas, progress)
         tables = {
             "rollouts_e": E.to_table(),
             "tokens_e": token_table(batch_e, policy.tokenizer, along.token_columns()),
         }
         if U is not None:
             with clock("tokens of U"), bar(progress, "update tokens", len(U)) as tick:
-                tokens_u = token_tangents(policy, batch_u, update.direction, progress=tick)
+                tokens_u = token_tangents(policy, batch_u, direction, progress=tick)
             tables["rollouts_u"] = U.to_table()
             tables["tokens_u"] = token_table(batch_u, policy.tokenizer, tokens_u._asdict())
     report = {
@@ -91,7 +93,7 @@ def measure_step(config: MeasureConfig, *, directory: str | None = None, progres
         "certify": certificate.to_json(),
         "definitions": definitions(config),
         "rollouts": {**({} if U is None else {"u": describe(U)}), "e": describe(E)},
-        "update": describe_update(config, update, eta_checkpoint, info),
+        "update": about_update,
         **along.report(E, eta_checkpoint),
         "timings": clock.seconds,
     }
