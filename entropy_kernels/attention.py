@@ -58,14 +58,12 @@ def plain_attention(
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
     q_length, k_length = scores.shape[-2:]
-    whole = (
-        q_length == k_length
-    )  # otherwise keys come from a cache, and the mask of the model has the window in it
+    # Fewer queries than keys: the keys come from a cache, which may have dropped some, and the mask has the window in it.
+    whole = q_length == k_length or attention_mask is None
     if attention_mask is None:  # transformers leaves the mask out where it would be purely causal
         attention_mask = torch.ones(q_length, k_length, dtype=torch.bool, device=scores.device).tril(
             k_length - q_length
         )
-        whole = True
     if sliding_window is not None and whole and k_length > sliding_window:
         near = torch.ones(q_length, k_length, dtype=torch.bool, device=scores.device).triu(
             k_length - q_length - sliding_window + 1

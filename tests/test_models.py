@@ -11,7 +11,6 @@ import tiny
 import torch
 from torch import nn
 
-from entropy_kernels.attention import plain_attention
 from entropy_kernels.certify import certify
 from entropy_kernels.derivatives import (
     hvp,
@@ -148,12 +147,6 @@ def test_a_hidden_state_that_is_changed_on_its_way_is_refused():
     model.get_output_embeddings = lambda: head
     with pytest.raises(UserError, match="last hidden state"):
         Policy.from_model(model)
-
-
-def test_attention_sinks_are_refused_by_name():
-    q = torch.randn(1, 2, 3, 4)
-    with pytest.raises(UserError, match="s_aux"):
-        plain_attention(nn.Identity(), q, q, q, None, s_aux=torch.zeros(2))
 
 
 def test_sequences_longer_than_the_learned_positions_are_refused():
