@@ -223,39 +223,49 @@ def _layers(model: Any) -> tuple[str, nn.ModuleList]:
 
 
 @contextlib.contextmanager
-def _cut(model: Any, kept: Tensor) -> Iterator[None]:
+def _cut(model: Any, kept: Tensor | None) -> Iterator[None]:
     """Within: the model has its first two layers and the vocabulary `kept`, so that a copy is small; tied weights stay tied."""
     name, layers = _layers(model)
     parent = model.get_submodule(name.rpartition(".")[0])
     attribute = name.rpartition(".")[2]
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    weights = embedding.weight, head.weight, getattr(head, "bias", None)
+    whole = [
+        (module, name, p)
+        for module in (embedding, head)
+        for name, p in module._parameters.items()
+        if p is not None
+    ]
     setattr(parent, attribute, layers[:2])
-    embedding.weight = nn.Parameter(weights[0].detach()[kept])
-    head.weight = embedding.weight if weights[1] is weights[0] else nn.Parameter(weights[1].detach()[kept])
-    if weights[2] is not None:
-        head.bias = nn.Parameter(weights[2].detach()[kept])
+    if kept is not None:
+        cut = {p: nn.Parameter(p.detach()[kept]) for _, _, p in whole}
+        for module, parameter, p in whole:
+            setattr(module, parameter, cut[p])
     try:
         yield
     finally:
         setattr(parent, attribute, layers)
-        embedding.weight, head.weight = weights[:2]
-        if weights[2] is not None:
-            head.bias = weights[2]
+        for module, parameter, p in whole:
+            setattr(module, parameter, p)
 
 
 def _two_layers(policy: Policy, ids: Tensor) -> tuple[Policy, Tensor]:
     """A float64 copy of the first two layers, with only the vocabulary that the sequence and a few more tokens need."""
-    some = torch.arange(min(64, policy.model.get_input_embeddings().weight.shape[0]))
-    kept, renamed = torch.unique(torch.cat([ids, some]), return_inverse=True)
-    with _cut(policy.model, kept.to(policy.device)):
-        small = copy.deepcopy(policy.model)
+    model = policy.model
+    tables = model.get_input_embeddings(), model.get_output_embeddings()
+    kept = None
+    if isinstance(tables[0], nn.Embedding) and type(tables[1]) is nn.Linear:
+        some = torch.arange(min(64, len(tables[0].weight)))
+        kept, renamed = torch.unique(torch.cat([ids, some]), return_inverse=True)
+        kept, ids = kept.to(policy.device), renamed[: len(ids)]
+    with _cut(model, kept):
+        small = copy.deepcopy(model)
     config = small.config.get_text_config()
     config.num_hidden_layers = min(2, config.num_hidden_layers)
-    config.vocab_size = len(kept)
+    if kept is not None:
+        config.vocab_size = len(kept)
     small = small.double().requires_grad_(False)
     params = {name: p.detach() for name, p in small.named_parameters()}
-    return replace(policy, model=small, tokenizer=None, params=params), renamed[: len(ids)]
+    return replace(policy, model=small, tokenizer=None, params=params), ids
 
 
 def _find_culprit(policy: Policy, micro: MicroBatch) -> str:
