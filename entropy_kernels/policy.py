@@ -149,6 +149,8 @@ class Policy:
     ) -> Policy:
         """Wrap a loaded model. It is put into evaluation mode and given `attention.plain_attention`; weights are not copied.
 
+        A mixture of experts is differentiated with the experts of every token held fixed.
+
         Raises:
             UserError: a temperature that is not positive, or logits that are more than the output layer of the last hidden state,
                 a constant factor and a soft cap that the config declares.
@@ -160,6 +162,10 @@ class Policy:
         model.eval().requires_grad_(False)
         attention.register()
         model.set_attn_implementation(attention.NAME)
+        if hasattr(model, "set_experts_implementation"):
+            model.set_experts_implementation(
+                "eager"
+            )  # the grouped product of experts has no forward-mode rule
         embedding = model.get_input_embeddings()
         padding_idx, embedding.padding_idx = getattr(embedding, "padding_idx", None), None
         params = {name: p.detach() for name, p in model.named_parameters()}
@@ -346,6 +352,11 @@ def _check_head(policy: Policy) -> list[int | None]:
     finally:
         for handle in handles:
             handle.remove()
+    if not windows:
+        raise UserError(
+            f"model: {type(model).__name__} has no attention that transformers lets one choose (AttentionInterface), so ours, whose "
+            "derivatives all exist, cannot be put in. Use a model of another family; README.md lists those that are tested."
+        )
     sound = len(ramps) == 1 and len(hidden) == 1 and torch.equal(read[0], hidden[0])
     if sound:
         expected = policy.logits_of(ramps[0])

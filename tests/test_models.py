@@ -151,6 +151,16 @@ def test_a_hidden_state_that_is_changed_on_its_way_is_refused():
         Policy.from_model(model)
 
 
+def test_a_model_that_keeps_its_own_attention_is_refused():
+    from transformers import GPTNeoConfig, GPTNeoForCausalLM
+
+    config = GPTNeoConfig(
+        vocab_size=23, hidden_size=16, num_layers=1, num_heads=2, attention_types=[[["global"], 1]]
+    )
+    with pytest.raises(UserError, match="GPTNeoForCausalLM has no attention"):
+        Policy.from_model(GPTNeoForCausalLM(config))
+
+
 def test_sequences_longer_than_the_learned_positions_are_refused():
     policy = make("gpt2", max_position_embeddings=7)
     assert policy.longest == 7
