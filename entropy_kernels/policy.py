@@ -11,18 +11,19 @@ Legend: N sequences, T padded width of the caller's batch; n sequences, L width 
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from entropy_kernels import attention
 from entropy_kernels.checkpoints import load_model
 from entropy_kernels.errors import UserError
 from entropy_kernels.functional import entropy_logprob
+from entropy_kernels.rewrites import Rewrites
 
 Parameters = dict[str, Tensor]
 _DTYPES = {"float32": torch.float32, "float64": torch.float64}
@@ -55,54 +56,28 @@ class MicroBatch(NamedTuple):
     destination: tuple[Tensor, Tensor]  # (row, column) [R] in the caller's [N, T] grid
 
 
-class KeepFloat64(TorchFunctionMode):
-    """Ignore casts of float64 tensors to float32.
-
-    Model code casts norms, softmax and rotary factors to float32 whatever the model's dtype; in a float64 model this rounds every
-    activation and a finite difference sees the rounding instead of the derivative.
-    """
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Call `func` with the cast left out."""
-        kwargs = dict(kwargs or {})
-        if args and isinstance(args[0], Tensor) and args[0].dtype == torch.float64:
-            if func is Tensor.float:
-                return args[0]
-            if func in (Tensor.to, Tensor.type):
-                args = tuple(a for a in args if a is not torch.float32)
-                if (
-                    len(args) == 1
-                    and set(kwargs) <= {"dtype"}
-                    and kwargs.get("dtype", torch.float32) is torch.float32
-                ):
-                    return args[0]
-            if kwargs.get("dtype") is torch.float32:
-                kwargs["dtype"] = torch.float64
-        return func(*args, **kwargs)
-
-
 class _Rows(nn.Module):
     """The model up to (entropy, logprob) of the response tokens, as one module, so that one call swaps all its parameters."""
 
-    def __init__(self, model: nn.Module, temperature: float) -> None:
+    def __init__(self, policy: Policy) -> None:
         super().__init__()
-        self.model: Any = model
-        self.temperature = temperature
+        self.model: Any = policy.model
+        self.logits_of = policy.logits_of
+        self.temperature = policy.temperature
 
     def forward(self, micro: MicroBatch) -> tuple[Tensor, Tensor]:
-        hidden = self.model.base_model(
-            input_ids=micro.input_ids,
-            attention_mask=micro.mask,
-            position_ids=micro.position_ids,
-            use_cache=False,
-        ).last_hidden_state
+        base = self.model.base_model
+        options: dict[str, Any] = {"attention_mask": micro.mask, "position_ids": micro.position_ids}
+        if "position_ids" not in inspect.signature(base.forward).parameters:
+            del options["position_ids"]  # such a model counts from 0 by itself, and so do packed sequences
+        hidden = base(input_ids=micro.input_ids, use_cache=False, **options).last_hidden_state
         hidden = hidden[micro.source]
         head = self.model.get_output_embeddings()
         rows = max(1, _HEAD_ELEMENTS // self.model.config.vocab_size)
         entropies: list[Tensor] = []
         logprobs: list[Any] = []
         for chunk, targets in zip(hidden.split(rows), micro.targets.split(rows), strict=True):
-            result = entropy_logprob(head(chunk), targets, temperature=self.temperature)
+            result = entropy_logprob(self.logits_of(head(chunk)), targets, temperature=self.temperature)
             entropies.append(result.entropy)
             logprobs.append(result.logprob)
         return torch.cat(entropies), torch.cat(logprobs)
@@ -122,6 +97,11 @@ class Policy:
     temperature: float = 1.0
     micro_batch_tokens: int = 2048
     padding_idx: int | None = None  # see `as_trained`
+    logit_scale: float = 1.0  # see `logits_of`
+    softcap: float | None = None
+    longest: int | None = (
+        None  # tokens of the longest sequence that the model can be measured on, None for any
+    )
 
     @classmethod
     def from_pretrained(
@@ -169,8 +149,11 @@ class Policy:
     ) -> Policy:
         """Wrap a loaded model. It is put into evaluation mode and given `attention.plain_attention`; weights are not copied.
 
+        A mixture of experts is differentiated with the experts of every token held fixed.
+
         Raises:
-            UserError: a temperature that is not positive, or logits that are more than the output layer of the last hidden state.
+            UserError: a temperature that is not positive, or logits that are more than the output layer of the last hidden state,
+                a constant factor and a soft cap that the config declares.
         """
         if not temperature > 0:
             raise UserError(
@@ -179,9 +162,14 @@ class Policy:
         model.eval().requires_grad_(False)
         attention.register()
         model.set_attn_implementation(attention.NAME)
+        if hasattr(model, "set_experts_implementation"):
+            model.set_experts_implementation(
+                "eager"
+            )  # the grouped product of experts has no forward-mode rule
         embedding = model.get_input_embeddings()
         padding_idx, embedding.padding_idx = getattr(embedding, "padding_idx", None), None
         params = {name: p.detach() for name, p in model.named_parameters()}
+        scale, softcap = _declared_head(model)
         policy = cls(
             model=model,
             tokenizer=tokenizer,
@@ -189,9 +177,11 @@ class Policy:
             temperature=temperature,
             micro_batch_tokens=micro_batch_tokens,
             padding_idx=padding_idx,
+            logit_scale=scale,
+            softcap=softcap,
         )
-        _check_head(policy)
-        return policy
+        windows = _check_head(policy)
+        return replace(policy, longest=_longest(model, windows))
 
     @contextlib.contextmanager
     def as_trained(self) -> Iterator[None]:
@@ -224,11 +214,16 @@ class Policy:
             self, params={name: p.add(direction[name], alpha=eta) for name, p in self.params.items()}
         )
 
+    def logits_of(self, output: Tensor) -> Tensor:
+        """Logits [..., V] from what the output layer gives: z = scale·output, then c·tanh(z/c) where there is a soft cap c."""
+        z = output if self.logit_scale == 1.0 else output * self.logit_scale
+        return z if self.softcap is None else self.softcap * torch.tanh(z / self.softcap)
+
     def rows(self, params: Parameters, micro: MicroBatch) -> tuple[Tensor, Tensor]:
         """(entropy, logprob) [R] of a micro-batch's response tokens as a function of `params`; every derivative exists."""
-        module = _Rows(self.model, self.temperature)
+        module = _Rows(self)
         named = {f"model.{name}": value for name, value in params.items()}
-        with KeepFloat64() if self.dtype == torch.float64 else contextlib.nullcontext():
+        with Rewrites(float64=self.dtype == torch.float64):
             return torch.func.functional_call(module, named, (micro,), tie_weights=True)
 
 
@@ -282,6 +277,12 @@ def micro_batches(policy: Policy, batch: TokenBatch) -> Iterator[MicroBatch]:
     """Split a batch into micro-batches of sequences of similar length, longest first; the split depends on the batch alone."""
     check_batch(batch)
     lengths = batch.attention_mask.bool().sum(dim=1).cpu()
+    if policy.longest is not None and int(lengths.max()) > policy.longest:
+        raise UserError(
+            f"batch: a sequence has {int(lengths.max())} tokens, but {type(policy.model).__name__} can be measured on at most "
+            f"{policy.longest}: it has no positions beyond, or a sliding window or chunk of attention that its layers do not pass on. "
+            "Use shorter prompts or responses."
+        )
     order = torch.argsort(lengths, descending=True, stable=True).tolist()
     start = 0
     while start < len(order):
@@ -314,20 +315,84 @@ def _pack(batch: TokenBatch, chosen: Tensor, width: int, device: torch.device) -
     )
 
 
-def _check_head(policy: Policy) -> None:
-    """The model's own logits must be what its output layer gives, with nothing done to them afterwards."""
-    ids = torch.arange(1, 5, device=policy.device).remainder(policy.model.config.vocab_size).unsqueeze(0)
-    seen: list[Tensor] = []
-    handle = policy.model.get_output_embeddings().register_forward_hook(
-        lambda _m, _i, output: seen.append(output)
-    )
+def _declared_head(model: Any) -> tuple[float, float | None]:
+    """(scale, soft cap) of the logits as the config says; `_check_head` compares them with what the model does."""
+    config = model.config.get_text_config()
+    divisor, factor = getattr(config, "logits_scaling", None), getattr(config, "logit_scale", None)
+    scale = (factor if isinstance(factor, int | float) else 1.0) / (divisor or 1.0)
+    return float(scale), getattr(config, "final_logit_softcapping", None)
+
+
+def _check_head(policy: Policy) -> list[int | None]:
+    """The model's logits must be `logits_of` its output layer, and that must read the last hidden state.
+
+    The output layer's result is replaced by a ramp wide enough to bend under any soft cap, so that what the model does to it shows
+    whatever the weights are. Returns the sliding window of every attention layer.
+    """
+    model, ids = policy.model, torch.arange(1, 5, device=policy.device)
+    ids = ids.remainder(model.get_input_embeddings().weight.shape[0]).unsqueeze(0)
+    hidden: list[Tensor] = []
+    read: list[Tensor] = []
+    ramps: list[Tensor] = []
+
+    def ramp(_m: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        end = 3 * max(30.0, policy.softcap or 0.0) / min(1.0, policy.logit_scale)
+        wide = torch.linspace(-end, end, output.numel(), device=output.device, dtype=output.dtype)
+        read.append(inputs[0])
+        ramps.append(wide.reshape(output.shape))
+        return ramps[-1]
+
+    handles = [
+        model.base_model.register_forward_hook(lambda _m, _i, output: hidden.append(output[0])),
+        model.get_output_embeddings().register_forward_hook(ramp),
+    ]
     try:
-        with torch.no_grad():
-            logits = policy.model(input_ids=ids, use_cache=False).logits
+        with torch.no_grad(), attention.windows() as windows:
+            logits = model(input_ids=ids, use_cache=False).logits
     finally:
-        handle.remove()
-    if len(seen) != 1 or not torch.equal(seen[0], logits):
+        for handle in handles:
+            handle.remove()
+    if not windows:
         raise UserError(
-            f"model: {type(policy.model).__name__} changes its logits after the output layer (soft-capping, scaling or similar), which "
-            "this version does not measure. Use a model whose logits are the plain output layer."
+            f"model: {type(model).__name__} has no attention that transformers lets one choose (AttentionInterface), so ours, whose "
+            "derivatives all exist, cannot be put in. Use a model of another family; README.md lists those that are tested."
         )
+    sound = len(ramps) == 1 and len(hidden) == 1 and torch.equal(read[0], hidden[0])
+    if sound:
+        expected = policy.logits_of(ramps[0])
+        sound = logits.shape == expected.shape and bool(
+            ((logits - expected).abs() <= 1e-5 * expected.abs().max()).all()
+        )
+    if not sound:
+        raise UserError(
+            f"model: {type(model).__name__} changes its last hidden state before, or its logits after the output layer, in a way that "
+            f"this version does not measure. Expected {_formula(policy)} of the output layer, as the config says. Use a model whose "
+            "logits are the output layer, but for a constant scale (logits_scaling, logit_scale) or final_logit_softcapping."
+        )
+    return windows
+
+
+def _formula(policy: Policy) -> str:
+    scaled = "the plain result" if policy.logit_scale == 1.0 else f"{policy.logit_scale:g} times the result"
+    return scaled if policy.softcap is None else f"{scaled}, soft-capped at {policy.softcap:g},"
+
+
+def _longest(model: Any, windows: list[int | None]) -> int | None:
+    """Tokens that fit: learned positions end somewhere, and a window that no layer passes on is not applied beyond its width."""
+    config = model.config.get_text_config()
+    limits = []
+    end = getattr(config, "max_position_embeddings", None)
+    tables = [
+        m for m in model.modules() if isinstance(m, nn.Embedding) and m is not model.get_input_embeddings()
+    ]
+    if end is not None and any(end <= len(m.weight) <= end + 8 for m in tables):  # OPT keeps two rows spare
+        limits.append(int(end))
+    types = getattr(config, "layer_types", None)
+    window = getattr(config, "sliding_window", None)
+    if window is not None:
+        expected = [types is None or kind == "sliding_attention" for kind in types or windows]
+        if [w is not None for w in windows] != expected:
+            limits.append(int(window))
+    if "chunked_attention" in (types or ()):
+        limits.append(int(config.attention_chunk_size))
+    return min(limits, default=None)

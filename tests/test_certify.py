@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import families
 import pytest
 import tiny
 import torch
@@ -93,10 +94,38 @@ def test_planted_activation_is_named(fault, layers, where):
         certify(_plant(fault(), where, layers))
 
 
+class _NativeLayerNorm(nn.LayerNorm):
+    """A layer norm that goes past torch.nn.functional, to the operator whose nested forward rule is wrong."""
+
+    def forward(self, x):
+        return torch.native_layer_norm(x, self.normalized_shape, self.weight, self.bias, self.eps)[0]
+
+
 def test_layer_norm_with_wrong_second_derivative_is_named():
     where = "model.layers.1.post_attention_layernorm"
     with pytest.raises(CertificationError, match=where.replace(".", r"\.")):
-        certify(_plant(nn.LayerNorm(16), where))
+        certify(_plant(_NativeLayerNorm(16), where))
+    certify(_plant(nn.LayerNorm(16), where))  # the ordinary one is replaced on the way
+
+
+def test_layer_norm_that_is_not_replaced_is_named(monkeypatch):
+    monkeypatch.setattr("entropy_kernels.rewrites._layer_norm", nn.functional.layer_norm)
+    with pytest.raises(CertificationError, match=r"LayerNorm"):
+        certify(Policy.from_model(families.model("gpt2", dtype=torch.float32)))
+
+
+def test_a_model_that_reads_something_else_by_itself_is_refused():
+    policy = Policy.from_model(families.model("gpt2", dtype=torch.float32))
+    forward = policy.model.transformer.forward
+
+    def shifted(input_ids, *, position_ids=None, **kwargs):
+        if position_ids is None:
+            position_ids = torch.arange(1, input_ids.shape[1] + 1).unsqueeze(0)
+        return forward(input_ids, position_ids=position_ids, **kwargs)
+
+    policy.model.transformer.forward = shifted
+    with pytest.raises(CertificationError, match="by itself"):
+        certify(policy)
 
 
 class _WrongTangent(nn.Module):

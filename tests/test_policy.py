@@ -9,7 +9,7 @@ import torch
 from entropy_kernels.certify import certify
 from entropy_kernels.derivatives import token_curvature, token_gradient, token_stats
 from entropy_kernels.errors import UserError
-from entropy_kernels.policy import KeepFloat64, Policy, TokenBatch
+from entropy_kernels.policy import Policy, TokenBatch
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -102,17 +102,6 @@ def test_float64_really_is():
     assert (second - want).abs().max() < 1e-3 * want.abs().max()
 
 
-def test_keep_float64_touches_nothing_else():
-    with KeepFloat64():
-        assert torch.zeros(2, dtype=torch.float64).to(torch.float32).dtype == torch.float64
-        assert torch.zeros(2, dtype=torch.float64).float().dtype == torch.float64
-        assert torch.zeros(2).softmax(-1, dtype=torch.float32).dtype == torch.float32
-        assert torch.zeros(2, dtype=torch.float64).softmax(-1, dtype=torch.float32).dtype == torch.float64
-        assert torch.zeros(2, dtype=torch.int64).float().dtype == torch.float32
-        assert torch.zeros(2, dtype=torch.float64).to("cpu", torch.float32).dtype == torch.float64
-        assert torch.zeros(2, dtype=torch.float64).to(torch.int64).dtype == torch.int64
-
-
 def _changed(**changes):
     return tiny.batch()._replace(**changes)
 
@@ -159,21 +148,6 @@ def test_logits_changed_after_the_output_layer_are_refused():
     model.forward = scaled
     with pytest.raises(UserError, match="after the output layer"):
         Policy.from_model(model)
-
-
-def test_sliding_window_shorter_than_the_sequence_is_refused():
-    from transformers import MistralConfig, MistralForCausalLM
-
-    def mistral(window):
-        config = MistralConfig(
-            vocab_size=23, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=4,
-            num_key_value_heads=2, sliding_window=window,
-        )  # fmt: skip
-        return Policy.from_model(MistralForCausalLM(config))
-
-    with pytest.raises(UserError, match="sliding_window"):
-        token_stats(mistral(5), tiny.batch())
-    assert token_stats(mistral(40), tiny.batch()).entropy.max() > 0
 
 
 def test_a_padding_token_in_the_prompt_has_a_true_derivative_but_not_in_training():
