@@ -15,7 +15,7 @@ EK_FN void put(const Args& a, int64_t r, double entropy, double logprob, double 
 }
 
 template <class In, class T>
-EK_TARGET static void row_values(const Args& a, int64_t begin, int64_t end) {
+EK_LOOP void row_values(const Args& a, int64_t begin, int64_t end) {
   for (int64_t r = begin; r < end; r++) {
     const In* z = static_cast<const In*>(a.z) + r * a.z_stride;
     const double tau = static_cast<const T*>(a.tau)[r];
@@ -28,7 +28,7 @@ EK_TARGET static void row_values(const Args& a, int64_t begin, int64_t end) {
 }
 
 template <class In, class T>
-EK_TARGET static void row_tangents(const Args& a, int64_t begin, int64_t end) {
+EK_LOOP void row_tangents(const Args& a, int64_t begin, int64_t end) {
   for (int64_t r = begin; r < end; r++) {
     const In* z = static_cast<const In*>(a.z) + r * a.z_stride;
     const In* dz = static_cast<const In*>(a.dz) + r * a.dz_stride;
@@ -42,7 +42,7 @@ EK_TARGET static void row_tangents(const Args& a, int64_t begin, int64_t end) {
 }
 
 template <class In, class T>
-EK_TARGET static void row_second_tangents(const Args& a, int64_t begin, int64_t end) {
+EK_LOOP void row_second_tangents(const Args& a, int64_t begin, int64_t end) {
   for (int64_t r = begin; r < end; r++) {
     const In* z = static_cast<const In*>(a.z) + r * a.z_stride;
     const In* tangents[2] = {static_cast<const In*>(a.du) + r * a.du_stride, static_cast<const In*>(a.dz) + r * a.dz_stride};
@@ -53,26 +53,48 @@ EK_TARGET static void row_second_tangents(const Args& a, int64_t begin, int64_t 
   }
 }
 
-// out = e^c (k0 + k1 c) over a row; the second pass of row_cotangents.
-template <class In, class T>
-EK_FN void write_cotangents(const In* z, In* out, int64_t V, T peak, T inv_tau, T k0, T k1) {
-  constexpr int L = Lanes<T>::n;
-  const Vec<T> least = Vec<T>{} + lowest<T>();
-  const int64_t whole = V / L * L;
-  In z_tail[L], out_tail[L];
-  for (int64_t i = 0; i < V; i += L) {
-    const bool tail = i == whole;
-    if (tail)
-      for (int j = 0; j < L; j++) z_tail[j] = z[std::min(i + j, V - 1)];
-    const Vec<T> c = at_least((load(tail ? z_tail : z + i) - peak) * inv_tau, least);
-    const Vec<T> v = exp_nonpositive(c) * (k0 + k1 * c);
-    store(tail ? out_tail : out + i, v);
+// The second pass of row_cotangents: out = e^{d/τ} (k0 + k1 d), d = z − z_peak.
+template <class T>
+struct Cotangent {
+  Exp<T> exponential;
+  T peak, k0, k1;
+
+  template <class In>
+  EK_FN void write(const Cotangent& f, const In* z, const In*, In* out) {
+    const Vec<T> d = clamp(load(z) - f.peak, f.exponential);
+    store(out, weight(d, f.exponential) * (f.k0 + f.k1 * d));
   }
-  for (int64_t j = whole; j < V; j++) out[j] = out_tail[j - whole];
+};
+
+// The second pass of row_cotangent_tangents: out = e^{d/τ} [(x − m)(k0 + k1 (d − d̄)) + k2 + k3 (d − d̄)], where x = ż − ż_peak.
+template <class T>
+struct CotangentTangent {
+  Exp<T> exponential;
+  T peak, x_peak, d_mean, m, k0, k1, k2, k3;
+
+  template <class In>
+  EK_FN void write(const CotangentTangent& f, const In* z, const In* dz, In* out) {
+    const Vec<T> d = clamp(load(z) - f.peak, f.exponential), centred = d - f.d_mean;
+    const Vec<T> spread = (load(dz) - f.x_peak) - f.m;
+    store(out, weight(d, f.exponential) * (spread * (f.k0 + f.k1 * centred) + (f.k2 + f.k3 * centred)));
+  }
+};
+
+template <class T, class In, class F>
+EK_LOOP void write_row(const F& function, const In* z, const In* dz, In* out, int64_t V) {
+  constexpr int L = Lanes<T>::n;
+  const F f = function;  // a local: nothing stored below can change it
+  int64_t i = 0;
+  for (; i + L <= V; i += L) F::write(f, z + i, dz + i, out + i);
+  if (i == V) return;
+  In z_tail[L] = {}, dz_tail[L] = {}, out_tail[L];
+  for (int64_t j = i; j < V; j++) z_tail[j - i] = z[j], dz_tail[j - i] = dz[j];
+  F::write(f, z_tail, dz_tail, out_tail);
+  for (int64_t j = i; j < V; j++) out[j] = out_tail[j - i];
 }
 
 template <class In, class T>
-EK_TARGET static void row_cotangents(const Args& a, int64_t begin, int64_t end) {
+EK_LOOP void row_cotangents(const Args& a, int64_t begin, int64_t end) {
   for (int64_t r = begin; r < end; r++) {
     const In* z = static_cast<const In*>(a.z) + r * a.z_stride;
     In* out = static_cast<In*>(a.out[0]) + r * a.V;
@@ -83,8 +105,9 @@ EK_TARGET static void row_cotangents(const Args& a, int64_t begin, int64_t end) 
     const auto row = row_stats<1, T, In>(z, nullptr, a.V, 1 / tau);
     const auto all = RowStats<T, 1>::with_peak(row);
     const double c_mean = all.mean[0], scale = 1 / (all.weight * tau);
-    // p (l − g − q (c − c̄)) / τ, as e^c (k0 + k1 c)
-    write_cotangents(z, out, a.V, row.peak, T(1 / tau), T((l - g + q * c_mean) * scale), T(-q * scale));
+    // p (l − g − q (c − c̄)) / τ
+    const Cotangent<T> f{Exp<T>::of(1 / tau), row.peak, T((l - g + q * c_mean) * scale), T(-q * scale / tau)};
+    write_row<T>(f, z, z, out, a.V);
     if (y >= 0) {
       const double c = c_at(z, y, row.peak, tau), p = std::exp(c) / all.weight;
       const double one_minus_p = y == row.peak_index ? row.others.weight / all.weight : 1 - p;
@@ -94,30 +117,8 @@ EK_TARGET static void row_cotangents(const Args& a, int64_t begin, int64_t end) 
   }
 }
 
-// out = e^c [(x − μ)(k0 + k1 (c − c̄)) + k2 + k3 (c − c̄)] over a row, x = (ż − ż_peak)/τ.
 template <class In, class T>
-EK_FN void write_cotangent_tangents(const In* z, const In* dz, In* out, int64_t V, const RowStats<T, 2>& row, T inv_tau,
-                                    T c_mean, T mu, const T* k) {
-  constexpr int L = Lanes<T>::n;
-  const Vec<T> least = Vec<T>{} + lowest<T>();
-  const T peak = row.peak, x_peak = row.x_peak[1];
-  const int64_t whole = V / L * L;
-  In z_tail[L], dz_tail[L], out_tail[L];
-  for (int64_t i = 0; i < V; i += L) {
-    const bool tail = i == whole;
-    if (tail)
-      for (int j = 0; j < L; j++) z_tail[j] = z[std::min(i + j, V - 1)], dz_tail[j] = dz[std::min(i + j, V - 1)];
-    const Vec<T> c = at_least((load(tail ? z_tail : z + i) - peak) * inv_tau, least);
-    const Vec<T> spread = (load(tail ? dz_tail : dz + i) - x_peak) * inv_tau - mu;
-    const Vec<T> centred = c - c_mean;
-    const Vec<T> v = exp_nonpositive(c) * (spread * (k[0] + k[1] * centred) + (k[2] + k[3] * centred));
-    store(tail ? out_tail : out + i, v);
-  }
-  for (int64_t j = whole; j < V; j++) out[j] = out_tail[j - whole];
-}
-
-template <class In, class T>
-EK_TARGET static void row_cotangent_tangents(const Args& a, int64_t begin, int64_t end) {
+EK_LOOP void row_cotangent_tangents(const Args& a, int64_t begin, int64_t end) {
   for (int64_t r = begin; r < end; r++) {
     const In* z = static_cast<const In*>(a.z) + r * a.z_stride;
     const In* dz = static_cast<const In*>(a.dz) + r * a.dz_stride;
@@ -132,8 +133,10 @@ EK_TARGET static void row_cotangent_tangents(const Args& a, int64_t begin, int64
     const double c_mean = all.mean[0], mu = all.mean[1], d_entropy = -all.pair[0] / all.weight;
     const double scale = 1 / (all.weight * tau);
     // p [(x − μ)(l − g − q − q (c − c̄)) + l̇ − ġ − q H' − q̇ (c − c̄)] / τ
-    const T k[4] = {T((l - g - q) * scale), T(-q * scale), T((dl - dg - q * d_entropy) * scale), T(-dq * scale)};
-    write_cotangent_tangents<In, T>(z, dz, out, a.V, row, T(1 / tau), T(c_mean), T(mu), k);
+    const double s2 = scale / tau;  // for each coordinate that is not yet divided by τ
+    const CotangentTangent<T> f{Exp<T>::of(1 / tau), row.peak, row.x_peak[1], T(c_mean * tau), T(mu * tau),
+                                T((l - g - q) * s2), T(-q * s2 / tau), T((dl - dg - q * d_entropy) * scale), T(-dq * s2)};
+    write_row<T>(f, z, dz, out, a.V);
     if (y >= 0) {
       const double c = c_at(z, y, row.peak, tau), p = std::exp(c) / all.weight;
       const double one_minus_p = y == row.peak_index ? row.others.weight / all.weight : 1 - p;

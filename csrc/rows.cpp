@@ -13,6 +13,9 @@
 #include <cmath>
 #include <cstdint>
 #include <limits>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
 
 namespace {
 
@@ -61,6 +64,7 @@ namespace baseline {
 #include "row_stats.h"
 #include "row_kernels.h"
 #undef EK_FN
+#undef EK_LOOP
 #undef EK_BYTES
 #undef EK_TARGET
 }  // namespace baseline
@@ -73,6 +77,7 @@ namespace avx2 {
 #include "row_stats.h"
 #include "row_kernels.h"
 #undef EK_FN
+#undef EK_LOOP
 #undef EK_BYTES
 #undef EK_TARGET
 }  // namespace avx2
@@ -84,6 +89,7 @@ namespace avx512 {
 #include "row_stats.h"
 #include "row_kernels.h"
 #undef EK_FN
+#undef EK_LOOP
 #undef EK_BYTES
 #undef EK_TARGET
 }  // namespace avx512

@@ -3,9 +3,10 @@
 // Included once per instruction set by rows.cpp, inside a namespace of its own, with
 //   EK_BYTES    the width of a vector
 //   EK_TARGET   the attribute that allows the instructions, on every function
-// so there is no include guard. The vectors are the compiler's own (GCC and Clang); there are no intrinsics.
+// so there is no include guard. The vectors are the compiler's own (GCC and Clang); intrinsics only where it converts badly.
 
 #define EK_FN static inline __attribute__((always_inline)) EK_TARGET
+#define EK_LOOP static __attribute__((noinline)) EK_TARGET  // long enough to be called; one copy compiles faster than many
 
 typedef float f32v __attribute__((vector_size(EK_BYTES)));
 typedef double f64v __attribute__((vector_size(EK_BYTES)));
@@ -42,9 +43,15 @@ EK_FN f64v load(const double* p) {
 }
 
 EK_FN u32v load_u16(const void* p) {
+#if EK_BYTES == 64
+  return (u32v)_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p));
+#elif EK_BYTES == 32
+  return (u32v)_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p));
+#else
   u16v v;
   __builtin_memcpy(&v, p, sizeof v);
   return __builtin_convertvector(v, u32v);
+#endif
 }
 
 EK_FN f32v load(const BFloat16* p) { return (f32v)(load_u16(p) << 16); }
@@ -62,8 +69,15 @@ EK_FN void store(float* p, f32v v) { __builtin_memcpy(p, &v, sizeof v); }
 EK_FN void store(double* p, f64v v) { __builtin_memcpy(p, &v, sizeof v); }
 
 EK_FN void store_u16(void* p, u32v v) {
+#if EK_BYTES == 64
+  _mm256_storeu_si256((__m256i*)p, _mm512_cvtepi32_epi16((__m512i)v));
+#elif EK_BYTES == 32
+  const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32((__m256i)v, (__m256i)v), 0x08);
+  _mm_storeu_si128((__m128i*)p, _mm256_castsi256_si128(packed));
+#else
   const u16v h = __builtin_convertvector(v, u16v);
   __builtin_memcpy(p, &h, sizeof h);
+#endif
 }
 
 EK_FN void store(BFloat16* p, f32v v) {
@@ -100,30 +114,50 @@ EK_FN void narrow(double x, In& out) {
   out = lanes[0];
 }
 
-// e^x for lowest<T>() ≤ x ≤ 0; NaN stays. x = n ln 2 + r, e^x = 2^n e^r. `lowest` maps to exactly 0: its 2^n has no bits.
+// The logarithm of the smallest weight there is, about 2^-126 and 2^-1022: what is below counts as exactly 0.
 template <class T>
 EK_FN constexpr T lowest() {
   return sizeof(T) == 4 ? T(-88) : T(-709);
 }
 
-// e^r = 1 + r + r² Q(r) on |r| ≤ ln 2 / 2, Q fitted to a relative error of 4e-9.
-EK_FN f32v exp_nonpositive(f32v x) {
-  const f32v shifted = x * 1.44269504f + 0x1.8p23f;  // n in the last bits
-  const f32v n = shifted - 0x1.8p23f;
-  const f32v r = x - n * 0x1.63p-1f - n * -2.12194440054690582e-4f;
-  f32v q = r * 1.3813144393352815e-3f + 8.369418846540869e-3f;
-  q = q * r + 4.166845678979837e-2f;
-  q = q * r + 1.6666514791278042e-1f;
-  q = q * r + 4.9999993050712316e-1f;
-  const f32v scale = (f32v)(((i32v)shifted + 127) << 23);
-  return ((q * (r * r) + r) + 1.0f) * scale;
+// e^{d/τ} for d ≤ 0, from 2^n 2^f with n + f = d log₂e/τ. The factor is kept in two parts so that f is good to the last
+// place for any τ where multiply and add are fused (the x86 baseline rounds once more); d is clamped where 2^n has no bits left and the result is exactly 0. NaN stays.
+template <class T>
+struct Exp {
+  Vec<T> high, low, least;
+
+  EK_FN Exp of(double inv_tau) {
+    const double factor = 1.4426950408889634 * inv_tau;
+    // log₂e = 1.4426950408889634 + 2.04e-17
+    const double rest = sizeof(T) == 4 ? factor - double(T(factor)) : 2.0355273740931033e-17 * inv_tau;
+    return {Vec<T>{} + T(factor), Vec<T>{} + T(rest), Vec<T>{} + T(lowest<T>() / inv_tau)};
+  }
+};
+
+EK_FN f32v clamp(f32v d, const Exp<float>& x) { return x.least > d ? x.least : d; }
+EK_FN f64v clamp(f64v d, const Exp<double>& x) { return x.least > d ? x.least : d; }
+
+// 2^f on |f| ≤ 1/2, fitted to a relative error of 2e-9.
+EK_FN f32v weight(f32v d, const Exp<float>& x) {
+  constexpr float shift = 0x1.8p23f + 127;  // leaves n + 127 in the last bits, ready to be an exponent
+  const f32v shifted = d * x.high + shift;
+  const f32v n = shifted - shift;
+  const f32v f = d * x.low + (d * x.high - n);
+  f32v q = f * 0.0001535315386718139f + 0.001339913229458034f;
+  q = q * f + 0.009618439711630344f;
+  q = q * f + 0.05550331994891167f;
+  q = q * f + 0.24022647738456726f;
+  q = q * f + 0.6931471824645996f;
+  q = q * f + 1.0f;
+  return q * (f32v)((u32v)shifted << 23);
 }
 
-// The same with the Taylor series to r¹³/13!, whose remainder is 4e-18.
-EK_FN f64v exp_nonpositive(f64v x) {
-  const f64v shifted = x * 1.4426950408889634 + 0x1.8p52;
-  const f64v n = shifted - 0x1.8p52;
-  const f64v r = x - n * 0x1.62e42fefap-1 - n * 1.646594958289708e-12;
+// 2^f = e^{f ln 2}, by the Taylor series to the 13th power, whose remainder is 4e-18.
+EK_FN f64v weight(f64v d, const Exp<double>& x) {
+  constexpr double shift = 0x1.8p52 + 1023;
+  const f64v shifted = d * x.high + shift;
+  const f64v n = shifted - shift;
+  const f64v r = (d * x.low + (d * x.high - n)) * 0.6931471805599453;
   f64v q = r * (1 / 6227020800.0) + 1 / 479001600.0;
   q = q * r + 1 / 39916800.0;
   q = q * r + 1 / 3628800.0;
@@ -135,13 +169,7 @@ EK_FN f64v exp_nonpositive(f64v x) {
   q = q * r + 1 / 24.0;
   q = q * r + 1 / 6.0;
   q = q * r + 0.5;
-  const f64v scale = (f64v)(((i64v)shifted + 1023) << 52);
-  return ((q * (r * r) + r) + 1.0) * scale;
-}
-
-template <class V>
-EK_FN V at_least(V v, V bound) {
-  return bound > v ? bound : v;  // a NaN in v stays
+  return ((q * (r * r) + r) + 1.0) * (f64v)((i64v)shifted << 52);
 }
 
 template <class V>

@@ -1,13 +1,18 @@
 """The functions of `reference` in C++, for tensors on the CPU.
 
 Same signatures, same results within rounding, one pass over the data where mathematics allows one. The library is looked for
-next to the package, where installing puts it; a copy that was installed without a compiler or without torch at hand compiles
-`csrc/` once, at first use, into torch's extension cache; where that is impossible too, plain torch takes over and says so.
+in the package, where installing puts it; a package that was installed without a compiler or before torch compiles `csrc/`
+once, at first use, into torch's extension cache; where that is impossible too, plain torch takes over and says so.
 """
 
 from __future__ import annotations
 
 import functools
+import hashlib
+import os
+import platform
+import subprocess
+import tempfile
 import warnings
 from pathlib import Path
 from typing import Any
@@ -22,11 +27,15 @@ _PACKAGE = Path(__file__).resolve().parents[1]
 _BUILT = _PACKAGE / "_rows.so"
 _DTYPES = {torch.float64, torch.float32, torch.bfloat16, torch.float16}
 _LEVELS = ("baseline", "avx2", "avx512")
+_FLAGS = (
+    "-std=c++17 -O3 -fPIC -shared -Wno-psabi -DTORCH_TARGET_VERSION=0x020a000000000000".split()
+)  # as in setup.py
 
 
 def _sources() -> Path:
     """`csrc/` inside an installed package, or beside the package in a source tree."""
-    return next(d for d in (_PACKAGE / "csrc", _PACKAGE.parent / "csrc") if (d / "rows.cpp").exists())
+    inside = _PACKAGE / "csrc"
+    return inside if inside.exists() else _PACKAGE.parent / "csrc"
 
 
 def _is_current() -> bool:
@@ -35,15 +44,25 @@ def _is_current() -> bool:
     return _BUILT.exists() and all(_BUILT.stat().st_mtime >= time for time in edited)
 
 
-def _compile() -> None:
-    from torch.utils import cpp_extension
-
-    cpp_extension.load(
-        "entropy_kernels_rows",
-        [str(_sources() / "rows.cpp")],
-        extra_cflags=["-O3", "-Wno-psabi", "-DTORCH_TARGET_VERSION=0x020a000000000000"],
-        is_python_module=False,
-    )
+def _compile() -> Path:
+    """The library in torch's extension cache, compiled (20 s) unless these sources were before, for this torch."""
+    sources = _sources()
+    torch_root = Path(torch.__file__).parent
+    cache = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or Path.home() / ".cache" / "torch_extensions")
+    digest = hashlib.sha256("".join([torch.__version__, platform.machine(), *_FLAGS]).encode())
+    for file in sorted(sources.glob("*.[ch]*")):
+        digest.update(file.read_bytes())
+    library = cache / f"entropy_kernels_rows_{digest.hexdigest()[:16]}.so"
+    if not library.exists():
+        cache.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(
+            dir=cache
+        ) as scratch:  # moved into place whole: others may be compiling too
+            command = [os.environ.get("CXX", "c++"), *_FLAGS, f"-I{torch_root / 'include'}", "rows.cpp"]
+            command += [f"-L{torch_root / 'lib'}", "-ltorch_cpu", "-o", str(Path(scratch) / "rows.so")]
+            subprocess.run(command, cwd=sources, check=True, capture_output=True, text=True)
+            os.replace(Path(scratch) / "rows.so", library)
+    return library
 
 
 @functools.cache
@@ -57,14 +76,14 @@ def _level() -> int | None:
     except OSError as error:
         reasons.append(f"the installed library does not load ({error})")
     try:
-        _compile()
+        torch.ops.load_library(str(_compile()))
         return torch.ops.entropy_kernels.best_level()
-    except Exception as error:  # whatever keeps a compiler from working must not keep the numbers from being computed
-        reasons.append(f"compiling it failed ({str(error).strip().splitlines()[0] if str(error) else error!r})")
+    except (OSError, subprocess.CalledProcessError) as error:
+        output = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
+        reasons.append(f"compiling it failed ({output[0] if output else error!r})")
     warnings.warn(
         "entropy_kernels: the C++ row functions are not available, plain torch is used on the CPU: same results, many "
-        f"times slower. {'; '.join(reasons)}. Install ninja and a C++17 compiler, or reinstall the package with "
-        "torch already in the environment.",
+        f"times slower. Cause: {'; '.join(reasons)}. Install a C++17 compiler (g++ or clang++).",
         stacklevel=2,
     )
     return None
@@ -88,7 +107,9 @@ def _vectors(z: Tensor, *vectors: Tensor) -> list[Tensor]:
     return [t.to(compute_dtype(z.dtype)).contiguous() for t in vectors]
 
 
-def _values(op: Any, level: int, z: Tensor, tangents: tuple[Tensor, ...], y: Tensor, tau: Tensor) -> RowValues:
+def _values(
+    op: Any, level: int, z: Tensor, tangents: tuple[Tensor, ...], y: Tensor, tau: Tensor
+) -> RowValues:
     out = RowValues(
         *(torch.empty(z.shape[0], dtype=compute_dtype(z.dtype), device=z.device) for _ in range(3))
     )
@@ -123,9 +144,7 @@ def row_cotangents(z: Tensor, y: Tensor, tau: Tensor, q: Tensor, g: Tensor, l: T
         return reference.row_cotangents(z, y, tau, q, g, l)
     (logits,) = _prepared(z)
     out = torch.empty(z.shape, dtype=logits.dtype, device=z.device)
-    torch.ops.entropy_kernels.row_cotangents(
-        logits, y.contiguous(), *_vectors(z, tau, q, g, l), out, level
-    )
+    torch.ops.entropy_kernels.row_cotangents(logits, y.contiguous(), *_vectors(z, tau, q, g, l), out, level)
     return out.to(z.dtype)
 
 
