@@ -45,6 +45,7 @@ class BuildRows(build_ext):
         """One call of the compiler."""
         target = Path(self.get_ext_fullpath(ext.name))
         target.parent.mkdir(parents=True, exist_ok=True)
+        target.unlink(missing_ok=True)  # never an older one
         torch = torch_directory()
         command = [os.environ.get("CXX", "c++"), *FLAGS, f"-I{torch / 'include'}", *ext.sources]
         try:
