@@ -9,18 +9,19 @@ Four autograd Functions close the algebra of first and second derivatives of F(z
 
 Two facts shape them. The Hessian of wᵀF is symmetric, so the backward of Cotangents along u is its own tangent along u. And a
 forward rule made of plain torch operations loses the outer level of a nested jvp without a word, so each rule's body calls another
-Function that has a rule of its own. The numbers come from `ops`.
+Function that has a rule of its own. The numbers come from `ops`, from the file for the device of the logits.
 """
 
 from __future__ import annotations
 
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from entropy_kernels.ops import reference as rows
+from entropy_kernels.ops import cpu, reference
 
 
 class EntropyLogprob(NamedTuple):
@@ -29,6 +30,24 @@ class EntropyLogprob(NamedTuple):
     entropy: Tensor
     logprob: Tensor | None
     logsumexp: Tensor
+
+
+def _ops(z: Tensor) -> ModuleType:
+    """The row functions for the device of z."""
+    return cpu if z.device.type == "cpu" else reference
+
+
+def _over_rows(function: type[Function], in_dims: tuple[int | None, ...], inputs: tuple[Tensor, ...]) -> Any:
+    """The vmap rule of every Function here: rows do not interact, so the mapped dimension becomes more rows."""
+    size = next(x.shape[d] for x, d in zip(inputs, in_dims, strict=True) if d is not None)
+    flat = [
+        (x.expand(size, *x.shape) if d is None else x.movedim(d, 0)).flatten(0, 1)
+        for x, d in zip(inputs, in_dims, strict=True)
+    ]
+    out = function.apply(*flat)
+    if isinstance(out, tuple):
+        return tuple(x.unflatten(0, (size, -1)) for x in out), (0,) * len(out)
+    return out.unflatten(0, (size, -1)), 0
 
 
 def _keep(ctx: Any, *tensors: Tensor) -> None:
@@ -44,11 +63,13 @@ def _no_third(ctx: Any, *_: Any) -> Any:
 
 
 class _Values(Function):
-    generate_vmap_rule = True
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *inputs: Tensor) -> Any:
+        return _over_rows(_Values, in_dims, inputs)
 
     @staticmethod
     def forward(z: Tensor, y: Tensor, tau: Tensor) -> tuple[Tensor, ...]:
-        return tuple(rows.row_values(z, y, tau))
+        return tuple(_ops(z).row_values(z, y, tau))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -66,11 +87,13 @@ class _Values(Function):
 
 
 class _Tangents(Function):
-    generate_vmap_rule = True
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *inputs: Tensor) -> Any:
+        return _over_rows(_Tangents, in_dims, inputs)
 
     @staticmethod
     def forward(z: Tensor, dz: Tensor, y: Tensor, tau: Tensor) -> tuple[Tensor, ...]:
-        return tuple(rows.row_tangents(z, dz, y, tau))
+        return tuple(_ops(z).row_tangents(z, dz, y, tau))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -100,11 +123,13 @@ class _Tangents(Function):
 
 
 class _Cotangents(Function):
-    generate_vmap_rule = True
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *inputs: Tensor) -> Any:
+        return _over_rows(_Cotangents, in_dims, inputs)
 
     @staticmethod
     def forward(z: Tensor, y: Tensor, tau: Tensor, q: Tensor, g: Tensor, l: Tensor) -> Tensor:  # noqa: E741
-        return rows.row_cotangents(z, y, tau, q, g, l)
+        return _ops(z).row_cotangents(z, y, tau, q, g, l)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -130,7 +155,9 @@ class _Cotangents(Function):
 
 
 class _CotangentTangents(Function):
-    generate_vmap_rule = True
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *inputs: Tensor) -> Any:
+        return _over_rows(_CotangentTangents, in_dims, inputs)
 
     @staticmethod
     def forward(
@@ -145,7 +172,7 @@ class _CotangentTangents(Function):
         dg: Tensor,
         dl: Tensor,
     ) -> Tensor:
-        return rows.row_cotangent_tangents(z, dz, y, tau, (q, g, l), (dq, dg, dl))
+        return _ops(z).row_cotangent_tangents(z, dz, y, tau, (q, g, l), (dq, dg, dl))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -156,11 +183,13 @@ class _CotangentTangents(Function):
 
 
 class _Second(Function):
-    generate_vmap_rule = True
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *inputs: Tensor) -> Any:
+        return _over_rows(_Second, in_dims, inputs)
 
     @staticmethod
     def forward(z: Tensor, du: Tensor, dz: Tensor, y: Tensor, tau: Tensor) -> tuple[Tensor, ...]:
-        return tuple(rows.row_second_tangents(z, du, dz, y, tau))
+        return tuple(_ops(z).row_second_tangents(z, du, dz, y, tau))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -171,7 +200,7 @@ class _Second(Function):
 
 
 def _flat_temperature(temperature: float | Tensor, like: Tensor, shape: torch.Size) -> Tensor:
-    tau = torch.as_tensor(temperature, device=like.device, dtype=rows.compute_dtype(like.dtype))
+    tau = torch.as_tensor(temperature, device=like.device, dtype=reference.compute_dtype(like.dtype))
     if tau.requires_grad:
         raise ValueError(
             "entropy_logprob: temperature requires grad, but derivatives with respect to the temperature are not provided; "

@@ -14,6 +14,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
+from ..ops import cpu
 from ..policy import Parameters, Policy, TokenBatch
 
 _PACKAGES = ("entropy_kernels", "torch", "transformers", "numpy", "scipy", "triton")
@@ -57,7 +58,11 @@ def environment(policy: Policy) -> dict[str, Any]:
         if device.type == "cuda"
         else f"CPU ({torch.get_num_threads()} threads)",
         "dtype": str(policy.dtype).removeprefix("torch."),
-        "backends": {"rows": "plain torch", "attention": "plain torch", "tf32": False},
+        "backends": {
+            "rows": cpu.backend() if device.type == "cpu" else "plain torch",
+            "attention": "plain torch",
+            "tf32": False,
+        },
         "git_commit": _commit(),
     }
 

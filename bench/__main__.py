@@ -1,0 +1,18 @@
+"""`python -m bench rows`: timings of the kernels beside what they replace; results go to bench/results/."""
+
+from __future__ import annotations
+
+import argparse
+
+from bench import rows
+
+BENCHMARKS = {"rows": rows.run}
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
+    parser.add_argument("benchmark", choices=BENCHMARKS)
+    parser.add_argument(
+        "--repeats", type=int, default=7, help="timed rounds; every contender runs once a round"
+    )
+    arguments = parser.parse_args()
+    BENCHMARKS[arguments.benchmark](arguments.repeats)

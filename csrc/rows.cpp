@@ -1,0 +1,242 @@
+// Entropy, logprob and logsumexp of vocabulary rows with their derivatives, on the CPU.
+//
+// The functions, letters and results are those of entropy_kernels/ops/reference.py. simd.h, row_stats.h and row_kernels.h
+// are compiled once per instruction set; the best one the processor has is taken when the op runs. Against torch's stable
+// ABI only, so one build serves every torch from 2.10 on. Outputs are allocated by the caller and written in full.
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <limits>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+namespace {
+
+using torch::stable::Tensor;
+using Dtype = torch::headeronly::ScalarType;
+
+enum class Function { values, tangents, second_tangents, cotangents, cotangent_tangents };
+
+// Rows are contiguous, `*_stride` apart; tau and weights are of the compute dtype; outputs are contiguous.
+struct Args {
+  int64_t R = 0, V = 0;
+  const void *z = nullptr, *dz = nullptr, *du = nullptr, *tau = nullptr;
+  int64_t z_stride = 0, dz_stride = 0, du_stride = 0;
+  const int64_t* y = nullptr;
+  const void* weights[6] = {};  // q, g, l, q̇, ġ, l̇
+  void* out[3] = {};
+};
+using Kernel = void (*)(const Args&, int64_t begin, int64_t end);
+
+// Two bytes each, told apart by the type alone.
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Float16 {
+  uint16_t bits;
+};
+
+template <class In>
+In negative_infinity() {
+  return -std::numeric_limits<In>::infinity();
+}
+template <>
+BFloat16 negative_infinity() {
+  return {0xff80};
+}
+template <>
+Float16 negative_infinity() {
+  return {0xfc00};
+}
+
+// One instruction set each. The baseline's 16 bytes are what every x86-64 and every 64-bit ARM processor has.
+namespace baseline {
+#define EK_BYTES 16
+#define EK_TARGET
+#include "simd.h"
+#include "row_stats.h"
+#include "row_kernels.h"
+#undef EK_FN
+#undef EK_LOOP
+#undef EK_BYTES
+#undef EK_TARGET
+}  // namespace baseline
+
+#if defined(__x86_64__)
+namespace avx2 {
+#define EK_BYTES 32
+#define EK_TARGET __attribute__((target("avx2,fma")))
+#include "simd.h"
+#include "row_stats.h"
+#include "row_kernels.h"
+#undef EK_FN
+#undef EK_LOOP
+#undef EK_BYTES
+#undef EK_TARGET
+}  // namespace avx2
+
+namespace avx512 {
+#define EK_BYTES 64
+#define EK_TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")))
+#include "simd.h"
+#include "row_stats.h"
+#include "row_kernels.h"
+#undef EK_FN
+#undef EK_LOOP
+#undef EK_BYTES
+#undef EK_TARGET
+}  // namespace avx512
+#endif
+
+// 0 baseline, 1 AVX2, 2 AVX-512: the highest this processor has.
+int64_t best_level() {
+#if defined(__x86_64__)
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma"))
+    return 2;
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return 1;
+#endif
+  return 0;
+}
+
+Kernel pick(Function function, Dtype dtype, int64_t level) {
+  STD_TORCH_CHECK(level >= 0 && level <= best_level(), "rows: this processor has instruction levels 0..", best_level(),
+                  ", got ", level);
+#if defined(__x86_64__)
+  if (level == 2) return avx512::kernel_for(function, dtype);
+  if (level == 1) return avx2::kernel_for(function, dtype);
+#endif
+  return baseline::kernel_for(function, dtype);
+}
+
+const void* rows_of(const Tensor& x, const Tensor& z, int64_t* stride, const char* name) {
+  STD_TORCH_CHECK(x.dim() == 2 && x.size(0) == z.size(0) && x.size(1) == z.size(1), "rows: ", name,
+                  " must have the shape [R, V] of z");
+  STD_TORCH_CHECK(x.scalar_type() == z.scalar_type(), "rows: ", name, " must have the dtype of z");
+  STD_TORCH_CHECK(x.size(1) == 1 || x.stride(1) == 1, "rows: the rows of ", name, " must be contiguous");
+  *stride = x.stride(0);
+  return x.const_data_ptr();
+}
+
+void check_vector(const Tensor& x, int64_t R, Dtype dtype, const char* name) {
+  STD_TORCH_CHECK(x.dim() == 1 && x.size(0) == R && x.is_contiguous() && x.scalar_type() == dtype, "rows: ", name,
+                  " must be a contiguous [R] of the right dtype");
+}
+
+Dtype compute_dtype(const Tensor& z) { return z.scalar_type() == Dtype::Double ? Dtype::Double : Dtype::Float; }
+
+Args arguments(const Tensor& z, const Tensor& y, const Tensor& tau) {
+  Args a;
+  a.z = rows_of(z, z, &a.z_stride, "z");
+  a.R = z.size(0), a.V = z.size(1);
+  STD_TORCH_CHECK(a.V > 0 || a.R == 0, "rows: a row needs at least one column");
+  check_vector(y, a.R, Dtype::Long, "y");
+  check_vector(tau, a.R, compute_dtype(z), "tau");
+  a.y = y.const_data_ptr<int64_t>(), a.tau = tau.const_data_ptr();
+  for (int64_t r = 0; r < a.R; r++) STD_TORCH_CHECK(a.y[r] < a.V, "rows: target ", a.y[r], " is outside ", a.V, " columns");
+  return a;
+}
+
+void set_outputs(Args* a, const Tensor& z, const Tensor& entropy, const Tensor& logprob, const Tensor& logsumexp) {
+  const Tensor* out[3] = {&entropy, &logprob, &logsumexp};
+  for (int k = 0; k < 3; k++) {
+    check_vector(*out[k], a->R, compute_dtype(z), "an output");
+    a->out[k] = out[k]->mutable_data_ptr();
+  }
+}
+
+void set_gradient(Args* a, const Tensor& z, const Tensor& out) {
+  int64_t stride = 0;
+  rows_of(out, z, &stride, "the output");
+  STD_TORCH_CHECK(out.is_contiguous(), "rows: the output must be contiguous");
+  a->out[0] = out.mutable_data_ptr();
+}
+
+void run(Function function, const Tensor& z, const Args& a, int64_t level) {
+  const Kernel kernel = pick(function, z.scalar_type(), level);
+  STD_TORCH_CHECK(kernel != nullptr, "rows: z must be float64, float32, bfloat16 or float16");
+  constexpr int64_t worth_a_thread = 1 << 15;  // elements
+  const int64_t grain = std::max<int64_t>(1, worth_a_thread / std::max<int64_t>(1, a.V));
+  torch::stable::parallel_for(0, a.R, grain, [&](int64_t begin, int64_t end) { kernel(a, begin, end); });
+}
+
+void values(const Tensor& z, const Tensor& y, const Tensor& tau, const Tensor& entropy, const Tensor& logprob,
+            const Tensor& logsumexp, int64_t level) {
+  Args a = arguments(z, y, tau);
+  set_outputs(&a, z, entropy, logprob, logsumexp);
+  run(Function::values, z, a, level);
+}
+
+void tangents(const Tensor& z, const Tensor& dz, const Tensor& y, const Tensor& tau, const Tensor& entropy,
+              const Tensor& logprob, const Tensor& logsumexp, int64_t level) {
+  Args a = arguments(z, y, tau);
+  a.dz = rows_of(dz, z, &a.dz_stride, "dz");
+  set_outputs(&a, z, entropy, logprob, logsumexp);
+  run(Function::tangents, z, a, level);
+}
+
+void second_tangents(const Tensor& z, const Tensor& du, const Tensor& dz, const Tensor& y, const Tensor& tau,
+                     const Tensor& entropy, const Tensor& logprob, const Tensor& logsumexp, int64_t level) {
+  Args a = arguments(z, y, tau);
+  a.du = rows_of(du, z, &a.du_stride, "du");
+  a.dz = rows_of(dz, z, &a.dz_stride, "dz");
+  set_outputs(&a, z, entropy, logprob, logsumexp);
+  run(Function::second_tangents, z, a, level);
+}
+
+void set_weight(Args* a, int k, const Tensor& z, const Tensor& w) {
+  check_vector(w, a->R, compute_dtype(z), "a cotangent");
+  a->weights[k] = w.const_data_ptr();
+}
+
+void cotangents(const Tensor& z, const Tensor& y, const Tensor& tau, const Tensor& q, const Tensor& g, const Tensor& l,
+                const Tensor& out, int64_t level) {
+  Args a = arguments(z, y, tau);
+  const Tensor* weights[3] = {&q, &g, &l};
+  for (int k = 0; k < 3; k++) set_weight(&a, k, z, *weights[k]);
+  set_gradient(&a, z, out);
+  run(Function::cotangents, z, a, level);
+}
+
+void cotangent_tangents(const Tensor& z, const Tensor& dz, const Tensor& y, const Tensor& tau, const Tensor& q,
+                        const Tensor& g, const Tensor& l, const Tensor& dq, const Tensor& dg, const Tensor& dl,
+                        const Tensor& out, int64_t level) {
+  Args a = arguments(z, y, tau);
+  a.dz = rows_of(dz, z, &a.dz_stride, "dz");
+  const Tensor* weights[6] = {&q, &g, &l, &dq, &dg, &dl};
+  for (int k = 0; k < 6; k++) set_weight(&a, k, z, *weights[k]);
+  set_gradient(&a, z, out);
+  run(Function::cotangent_tangents, z, a, level);
+}
+
+}  // namespace
+
+#define EK_OUT "Tensor(a!) entropy, Tensor(b!) logprob, Tensor(c!) logsumexp, int level) -> ()"
+
+STABLE_TORCH_LIBRARY(entropy_kernels, m) {
+  m.def("best_level() -> int");
+  m.def("row_values(Tensor z, Tensor y, Tensor tau, " EK_OUT);
+  m.def("row_tangents(Tensor z, Tensor dz, Tensor y, Tensor tau, " EK_OUT);
+  m.def("row_second_tangents(Tensor z, Tensor du, Tensor dz, Tensor y, Tensor tau, " EK_OUT);
+  m.def("row_cotangents(Tensor z, Tensor y, Tensor tau, Tensor q, Tensor g, Tensor l, Tensor(a!) out, int level) -> ()");
+  m.def(
+      "row_cotangent_tangents(Tensor z, Tensor dz, Tensor y, Tensor tau, Tensor q, Tensor g, Tensor l, "
+      "Tensor dq, Tensor dg, Tensor dl, Tensor(a!) out, int level) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(entropy_kernels, CompositeExplicitAutograd, m) { m.impl("best_level", TORCH_BOX(&best_level)); }
+
+STABLE_TORCH_LIBRARY_IMPL(entropy_kernels, CPU, m) {
+  m.impl("row_values", TORCH_BOX(&values));
+  m.impl("row_tangents", TORCH_BOX(&tangents));
+  m.impl("row_second_tangents", TORCH_BOX(&second_tangents));
+  m.impl("row_cotangents", TORCH_BOX(&cotangents));
+  m.impl("row_cotangent_tangents", TORCH_BOX(&cotangent_tangents));
+}
