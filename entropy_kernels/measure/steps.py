@@ -59,6 +59,7 @@ def measure_step(config: MeasureConfig, *, directory: str | None = None, progres
             policy = load_policy(config)
             state, info = load_state(config, policy)
             eta_checkpoint, etas = choose_etas(config, info)
+            surroundings = environment(policy)
         with clock("certify"):
             certificate = certify(policy)
         with clock("rollouts"):
@@ -89,7 +90,7 @@ def measure_step(config: MeasureConfig, *, directory: str | None = None, progres
             tables["tokens_u"] = token_table(batch_u, policy.tokenizer, tokens_u._asdict())
     report = {
         "config": {**config.to_json(), "learning_rate": eta_checkpoint, "etas": list(etas)},
-        "environment": environment(policy),
+        "environment": surroundings,
         "certify": certificate.to_json(),
         "definitions": definitions(config),
         "rollouts": {**({} if U is None else {"u": describe(U)}), "e": describe(E)},
