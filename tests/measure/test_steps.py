@@ -141,6 +141,16 @@ def test_same_seed_same_figures_and_rollouts_can_be_reused(measured):
     )
 
 
+def test_held_out_prompts_are_none_of_the_updates(measured):
+    directory, _ = measured
+    config = MeasureConfig.demo(
+        rollouts_u=str(directory / "rollouts_u.parquet"), prompts_e=504, group_size_e=1, max_new_tokens=1
+    )
+    U, E = get_rollouts(config, load_policy(config), None, False)
+    assert len(set(U.prompt_ids)) == 8 and len(set(E.prompt_ids)) == 504
+    assert not set(U.prompt_ids) & set(E.prompt_ids)
+
+
 def test_samples_of_another_policy_are_refused(measured):
     directory, _ = measured
     config = MeasureConfig.demo(
