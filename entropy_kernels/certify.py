@@ -31,10 +31,8 @@ from entropy_kernels.rewrites import Rewrites
 
 _func: Any = torch.func  # its type stubs do not know that has_aux decides how many results there are
 _LENGTH = 12
-_EXACT = {
-    torch.float64: (1e-9, 1e-8),
-    torch.float32: (3e-4, 3e-3),
-}  # allowed error of first and second derivatives
+# allowed error of first and second derivatives, one mode against another
+_EXACT = {torch.float64: (1e-9, 1e-8), torch.float32: (3e-4, 3e-3)}
 _DIFFERENCES = (1e-7, 1e-6)  # the same for finite differences in float64
 _VALUES = 1e-3  # relative; rounding of deep float32 models stays well below
 _STEP = 2e-4  # truncation then stays below the bounds for stiff models, and rounding in float64 far below

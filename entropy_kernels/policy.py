@@ -99,9 +99,7 @@ class Policy:
     padding_idx: int | None = None  # see `as_trained`
     logit_scale: float = 1.0  # see `logits_of`
     softcap: float | None = None
-    longest: int | None = (
-        None  # tokens of the longest sequence that the model can be measured on, None for any
-    )
+    longest: int | None = None  # tokens of the longest sequence it can be measured on, None for any
 
     @classmethod
     def from_pretrained(
