@@ -146,14 +146,12 @@ def token_gradient(
     Raises:
         UserError: a batch that does not fit.
     """
-    total = {name: torch.zeros_like(p) for name, p in policy.params.items()}
-    for micro in micro_batches(policy, batch):
-        _, pullback = _func.vjp(lambda p, micro=micro: policy.rows(p, micro), policy.params)
+
+    def part(micro: MicroBatch) -> Parameters:
         weights = tuple(_at(micro, w, policy) for w in (entropy_weight, logprob_weight))
-        for name, gradient in pullback(weights)[0].items():
-            total[name] += gradient
-        _tick(progress, micro)
-    return total
+        return _pulled_back(policy, micro, policy.params, weights)
+
+    return _summed(policy, batch, part, progress)
 
 
 def entropy_gradient(
@@ -219,20 +217,35 @@ def hvp(
     mask = _array(batch.response_mask)
     q, g = stats.token_cotangents(values, mask, per=per, estimator=estimator)
     dq, dg = stats.token_cotangent_tangents(values, tangents, mask, per=per, estimator=estimator)
-    total = {name: torch.zeros_like(p) for name, p in policy.params.items()}
-    for micro in micro_batches(policy, batch):
+
+    def part(micro: MicroBatch) -> Parameters:
         weights = tuple(_at(micro, _tensor(w), policy) for w in (q, g))
         weight_tangents = tuple(_at(micro, _tensor(w), policy) for w in (dq, dg))
+        _, product = _func.jvp(
+            lambda params, weights: _pulled_back(policy, micro, params, weights),
+            (policy.params, weights),
+            (direction, weight_tangents),
+        )
+        return product
 
-        def gradient(
-            params: Parameters, weights: tuple[Tensor, Tensor], micro: MicroBatch = micro
-        ) -> Parameters:
-            _, pullback = _func.vjp(lambda p: policy.rows(p, micro), params)
-            return pullback(weights)[0]
+    return _summed(policy, batch, part, progress)
 
-        _, product = _func.jvp(gradient, (policy.params, weights), (direction, weight_tangents))
-        for name, part in product.items():
-            total[name] += part
+
+def _pulled_back(
+    policy: Policy, micro: MicroBatch, params: Parameters, weights: tuple[Tensor, ...]
+) -> Parameters:
+    """Σ (q∇H + g∇S) over a micro-batch, as a function of the parameters and of the weights (q, g)."""
+    _, pullback = _func.vjp(lambda p: policy.rows(p, micro), params)
+    return pullback(weights)[0]
+
+
+def _summed(
+    policy: Policy, batch: TokenBatch, part: Callable[[MicroBatch], Parameters], progress: Progress | None
+) -> Parameters:
+    total = {name: torch.zeros_like(p) for name, p in policy.params.items()}
+    for micro in micro_batches(policy, batch):
+        for name, x in part(micro).items():
+            total[name] += x
         _tick(progress, micro)
     return total
 

@@ -69,8 +69,7 @@ class Along:
             self.curvature = stats.TokenCurvature(_array(found.d2_entropy), _array(found.d2_logprob))
         else:
             found = token_tangents(self.policy, self.batch, self.direction, progress=weighted["tangents"])
-        base = stats.TokenValues(_array(found.entropy), _array(found.logprob))
-        self.base = Moved(0.0, base, stats.TokenTangents(_array(found.d_entropy), _array(found.d_logprob)))
+        self.base = _moved(0.0, found)
         self.base_sums = self.sums(self.base, curvature=self.curvature)
         self.direct: dict[float, stats.TokenValues] = {}
         self.rounding: dict[float, float] = {}
@@ -110,11 +109,7 @@ class Along:
         found = token_tangents(
             self.policy.shifted(self.direction, eta), self.batch, self.direction, progress=tick
         )
-        node = Moved(
-            eta,
-            stats.TokenValues(_array(found.entropy), _array(found.logprob)),
-            stats.TokenTangents(_array(found.d_entropy), _array(found.d_logprob)),
-        )
+        node = _moved(eta, found)
         self.nodes.append(node)
         self.node_sums.append(self.sums(node))
 
@@ -269,6 +264,15 @@ def bar(show: bool, what: str, total: int) -> Iterator[Callable[[int], Any]]:
         total=total, desc=what, unit="seq", disable=not show, dynamic_ncols=True, smoothing=0.05
     ) as shown:
         yield shown.update
+
+
+def _moved(eta: float, found: Any) -> Moved:
+    """The values and tangents in a TokenTangents or TokenCurvature."""
+    return Moved(
+        eta,
+        stats.TokenValues(_array(found.entropy), _array(found.logprob)),
+        stats.TokenTangents(_array(found.d_entropy), _array(found.d_logprob)),
+    )
 
 
 def _array(x: Tensor) -> np.ndarray:

@@ -75,12 +75,11 @@ def read_direction(config: MeasureConfig, policy: Policy, eta: float) -> UpdateD
         raise UserError(
             f"update: {path} is no step at all: the parameters are the same. Pass the checkpoint after this one."
         )
-    ones = {key: torch.ones_like(v) for key, v in direction.items()}
     return UpdateDirection(
         direction=direction,
         parts={"step": direction},
-        preconditioner=ones,
-        gain=dict.fromkeys(direction, math.nan),
+        preconditioner={},  # a step that is read does not say what made it
+        gain={},
         clip=math.nan,
         gradient_norm=math.nan,
     )
