@@ -15,6 +15,7 @@ _HOME = {
     "UserError": "errors",
     "EntropyLogprob": "functional",
     "entropy_logprob": "functional",
+    "linear_entropy_logprob": "functional",
     "Policy": "policy",
     "TokenBatch": "policy",
     "TokenStats": "derivatives",

@@ -23,6 +23,8 @@ from torch.autograd import Function
 
 from entropy_kernels.ops import cpu, reference
 
+from .arguments import flat_targets, flat_temperature, refuse_compiling, vocabulary_size
+
 
 class EntropyLogprob(NamedTuple):
     """Entropy H(p), logprob of the target and logsumexp(z/τ), each [...], in nats; logprob is None without targets."""
@@ -32,7 +34,7 @@ class EntropyLogprob(NamedTuple):
     logsumexp: Tensor
 
 
-def _ops(z: Tensor) -> ModuleType:
+def row_functions(z: Tensor) -> ModuleType:
     """The row functions for the device of z."""
     return cpu if z.device.type == "cpu" else reference
 
@@ -55,9 +57,10 @@ def _keep(ctx: Any, *tensors: Tensor) -> None:
     ctx.save_for_forward(*tensors)
 
 
-def _no_third(ctx: Any, *_: Any) -> Any:
+def no_third(ctx: Any, *_: Any) -> Any:
+    """The rule of a Function that is a second derivative already: refuse a third."""
     raise NotImplementedError(
-        "entropy_logprob: third derivatives are not supported; first and second derivatives are, in every combination "
+        "third derivatives of entropy and logprob are not supported; first and second derivatives are, in every combination "
         "of forward and reverse mode. Take one derivative fewer, or difference the second one numerically."
     )
 
@@ -69,7 +72,7 @@ class _Values(Function):
 
     @staticmethod
     def forward(z: Tensor, y: Tensor, tau: Tensor) -> tuple[Tensor, ...]:
-        return tuple(_ops(z).row_values(z, y, tau))
+        return tuple(row_functions(z).row_values(z, y, tau))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -93,7 +96,7 @@ class _Tangents(Function):
 
     @staticmethod
     def forward(z: Tensor, dz: Tensor, y: Tensor, tau: Tensor) -> tuple[Tensor, ...]:
-        return tuple(_ops(z).row_tangents(z, dz, y, tau))
+        return tuple(row_functions(z).row_tangents(z, dz, y, tau))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -129,7 +132,7 @@ class _Cotangents(Function):
 
     @staticmethod
     def forward(z: Tensor, y: Tensor, tau: Tensor, q: Tensor, g: Tensor, l: Tensor) -> Tensor:  # noqa: E741
-        return _ops(z).row_cotangents(z, y, tau, q, g, l)
+        return row_functions(z).row_cotangents(z, y, tau, q, g, l)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -172,14 +175,14 @@ class _CotangentTangents(Function):
         dg: Tensor,
         dl: Tensor,
     ) -> Tensor:
-        return _ops(z).row_cotangent_tangents(z, dz, y, tau, (q, g, l), (dq, dg, dl))
+        return row_functions(z).row_cotangent_tangents(z, dz, y, tau, (q, g, l), (dq, dg, dl))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         pass
 
-    jvp = staticmethod(_no_third)
-    backward = staticmethod(_no_third)
+    jvp = staticmethod(no_third)
+    backward = staticmethod(no_third)
 
 
 class _Second(Function):
@@ -189,52 +192,14 @@ class _Second(Function):
 
     @staticmethod
     def forward(z: Tensor, du: Tensor, dz: Tensor, y: Tensor, tau: Tensor) -> tuple[Tensor, ...]:
-        return tuple(_ops(z).row_second_tangents(z, du, dz, y, tau))
+        return tuple(row_functions(z).row_second_tangents(z, du, dz, y, tau))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         pass
 
-    jvp = staticmethod(_no_third)
-    backward = staticmethod(_no_third)
-
-
-def _flat_temperature(temperature: float | Tensor, like: Tensor, shape: torch.Size) -> Tensor:
-    tau = torch.as_tensor(temperature, device=like.device, dtype=reference.compute_dtype(like.dtype))
-    if tau.requires_grad:
-        raise ValueError(
-            "entropy_logprob: temperature requires grad, but derivatives with respect to the temperature are not provided; "
-            "pass temperature.detach(), or divide the logits by it yourself and leave temperature at 1."
-        )
-    try:
-        tau = tau.expand(shape)
-    except RuntimeError:
-        raise ValueError(
-            f"entropy_logprob: temperature of shape {tuple(tau.shape)} does not broadcast to the rows {tuple(shape)}; "
-            "pass a number or a tensor with one temperature per row."
-        ) from None
-    return tau.reshape(-1)
-
-
-def _check_logits(logits: Tensor, targets: Tensor | None, vocab_size: int | None) -> int:
-    if not logits.is_floating_point() or logits.dim() == 0:
-        raise ValueError(
-            f"entropy_logprob: logits must be a floating-point tensor [..., V], got {logits.dtype} of shape "
-            f"{tuple(logits.shape)}."
-        )
-    width = logits.shape[-1]
-    size = width if vocab_size is None else vocab_size
-    if not 0 < size <= width:
-        raise ValueError(
-            f"entropy_logprob: vocab_size must lie in 1..{width} (the width of logits), got {size}; "
-            "columns from vocab_size on are treated as padding."
-        )
-    if targets is not None and (targets.shape != logits.shape[:-1] or targets.is_floating_point()):
-        raise ValueError(
-            f"entropy_logprob: targets must be integers of shape {tuple(logits.shape[:-1])}, got {targets.dtype} of shape "
-            f"{tuple(targets.shape)}."
-        )
-    return size
+    jvp = staticmethod(no_third)
+    backward = staticmethod(no_third)
 
 
 def entropy_logprob(
@@ -264,34 +229,16 @@ def entropy_logprob(
         ValueError: shapes, dtypes, temperature or targets that do not fit.
         NotImplementedError: a third derivative, or use inside a compiled region.
     """
-    if torch.compiler.is_compiling():
-        raise NotImplementedError(
-            "entropy_logprob inside torch.compile: the compiler drops forward-mode rules without a word, so this is refused. "
-            "Call it outside the compiled region, or wrap the call in torch.compiler.disable."
+    name = "entropy_logprob"
+    refuse_compiling(name)
+    if not logits.is_floating_point() or logits.dim() == 0:
+        raise ValueError(
+            f"{name}: logits must be a floating-point tensor [..., V], got {logits.dtype} of shape {tuple(logits.shape)}."
         )
-    size = _check_logits(logits, targets, vocab_size)
-    shape = logits.shape[:-1]
-    z = logits[..., :size].reshape(-1, size)
-    tau = _flat_temperature(temperature, logits, shape)
-    _check_values(tau <= 0, tau, "temperature must be positive, got {}.")
-    if targets is None:
-        y = torch.full((z.shape[0],), -1, dtype=torch.int64, device=z.device)
-    else:
-        y = targets.reshape(-1).to(torch.int64)
-        present = y != ignore_index
-        _check_values(
-            present & ((y < 0) | (y >= size)),
-            y,
-            f"target {{}} is outside the vocabulary of {size} columns; use ignore_index={ignore_index} for rows without one.",
-        )
-        y = torch.where(present, y, -1)
-    entropy, logprob, logsumexp = _Values.apply(z, y, tau)
+    shape, size = logits.shape[:-1], vocabulary_size(name, logits.shape[-1], vocab_size)
+    y = flat_targets(name, targets, shape, size, ignore_index, logits.device)
+    tau = flat_temperature(name, temperature, logits, shape)
+    entropy, logprob, logsumexp = _Values.apply(logits[..., :size].reshape(-1, size), y, tau)
     return EntropyLogprob(
         entropy.reshape(shape), None if targets is None else logprob.reshape(shape), logsumexp.reshape(shape)
     )
-
-
-def _check_values(bad: Tensor, values: Tensor, message: str) -> None:
-    """Checks that read the data; skipped under vmap, where it cannot be read."""
-    if not torch._C._functorch.is_batchedtensor(bad) and bool(bad.any()):
-        raise ValueError("entropy_logprob: " + message.format(values[bad][0].item()))

@@ -1,0 +1,260 @@
+"""linear_entropy_logprob: every mode of differentiation, soft caps, ragged chunks, and the memory it promises."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch.func import grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
+
+from entropy_kernels import linear_entropy_logprob
+
+TAU, N, D, V = 0.7, 7, 5, 13
+ROW = V * 8  # bytes of one row of logits in float64
+
+
+def plain(x, y, softcap=None, tau=TAU):
+    """The definition, by torch's own differentiable operations; x = (h, W, b)."""
+    z = torch.nn.functional.linear(*x)
+    z = z if softcap is None else softcap * torch.tanh(z / softcap)
+    log_p = torch.log_softmax(z / tau, -1)
+    return torch.stack(
+        [-(log_p.exp() * log_p).sum(-1), log_p.gather(-1, y[:, None])[:, 0], (z / tau).logsumexp(-1)]
+    )
+
+
+def ours(x, y, softcap=None, tau=TAU, workspace=3 * ROW):
+    h, W, b = x
+    return torch.stack(
+        list(linear_entropy_logprob(h, W, y, bias=b, temperature=tau, softcap=softcap, workspace=workspace))
+    )
+
+
+def problem(seed=0, dtype=torch.float64, scale=1.5):
+    generator = torch.Generator().manual_seed(seed)
+
+    def random(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
+
+    x = (random(N, D) * scale, random(V, D), random(V))
+    y = torch.randint(0, V, (N,), generator=generator)
+    return x, y, *(tuple(random(*t.shape) for t in x) for _ in range(2)), random(3, N)
+
+
+def scaled(v, x):
+    return tuple(a * b for a, b in zip(v, x, strict=True))
+
+
+def tree(f, s):
+    """Modes as functions of (f, s): f gives [3, N], s a scalar; x, u, v are (h, W, b) and two directions."""
+    return {
+        "value": lambda x, u, v: f(x),
+        "reverse": lambda x, u, v: grad(s)(x),
+        "forward": lambda x, u, v: jvp(f, (x,), (v,))[1],
+        "forward over reverse": lambda x, u, v: jvp(grad(s), (x,), (v,))[1],
+        "forward over reverse, moving cotangent": lambda x, u, v: jvp(
+            lambda x: vjp(f, x)[1](f(x).sin())[0], (x,), (v,)
+        )[1],
+        "reverse over forward": lambda x, u, v: grad(lambda x: jvp(f, (x,), (scaled(v, x),))[1].sin().sum())(
+            x
+        ),
+        "reverse over reverse": lambda x, u, v: grad(
+            lambda x: sum((g * t).sum() for g, t in zip(grad(s)(x), v, strict=True))
+        )(x),
+        "forward over forward": lambda x, u, v: jvp(lambda x: jvp(f, (x,), (scaled(v, x),))[1], (x,), (u,))[
+            1
+        ],
+        "forward over forward, fixed inner": lambda x, u, v: jvp(lambda x: jvp(f, (x,), (v,))[1], (x,), (u,))[
+            1
+        ],
+        "vmap of forward": lambda x, u, v: vmap(lambda t: jvp(f, (x,), (t,))[1])(
+            tuple(torch.stack(pair) for pair in zip(u, v, strict=True))
+        ),
+        "jacrev": lambda x, u, v: jacrev(f)(x),
+        "jacfwd": lambda x, u, v: jacfwd(f)(x),
+        "hessian": lambda x, u, v: hessian(s)(x),
+    }
+
+
+MODES = list(tree(None, None))
+
+
+def leaves(found):
+    return [found] if isinstance(found, torch.Tensor) else [t for part in found for t in leaves(part)]
+
+
+@pytest.mark.parametrize("softcap", [None, 2.0])
+@pytest.mark.parametrize("mode", MODES)
+def test_every_mode_equals_plain_autograd(mode, softcap):
+    x, y, u, v, c = problem()
+
+    def run(of):
+        def f(x):
+            return of(x, y, softcap)
+
+        return leaves(tree(f, lambda x: (f(x).sin() * c).sum())[mode](x, u, v))
+
+    for expected, found in zip(run(plain), run(ours), strict=True):
+        assert expected.abs().max() > 1e-3  # a tangent of zero would prove nothing
+        torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-12 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("moved", ["hidden", "weight", "bias"])
+@pytest.mark.parametrize(
+    "mode", ["reverse", "forward", "forward over reverse", "forward over forward, fixed inner"]
+)
+def test_one_argument_alone(mode, moved):
+    """A frozen head, or frozen hidden states: no tangent and no gradient for the others."""
+    x, y, u, v, c = problem(1)
+    i = ["hidden", "weight", "bias"].index(moved)
+
+    def run(of):
+        def f(t):
+            return of((*x[:i], t, *x[i + 1 :]), y, 2.0)
+
+        def s(t):
+            return (f(t).sin() * c).sum()
+
+        return {
+            "reverse": lambda: grad(s)(x[i]),
+            "forward": lambda: jvp(f, (x[i],), (v[i],))[1],
+            "forward over reverse": lambda: jvp(grad(s), (x[i],), (v[i],))[1],
+            "forward over forward, fixed inner": lambda: jvp(
+                lambda t: jvp(f, (t,), (v[i],))[1], (x[i],), (u[i],)
+            )[1],
+        }[mode]()
+
+    torch.testing.assert_close(run(ours), run(plain), rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.parametrize("workspace", [1, 2 * ROW, 5 * ROW, 1 << 20])
+def test_chunks_do_not_change_a_result(workspace):
+    x, y, _u, v, c = problem(2)
+    x = tuple(t.requires_grad_() for t in x)
+
+    def run(workspace):
+        f = ours(x, y, 2.0, workspace=workspace)
+        return [f, *torch.autograd.grad((f * c).sum(), x)]
+
+    for one, many in zip(run(1 << 20), run(workspace), strict=True):
+        torch.testing.assert_close(many, one, rtol=1e-13, atol=1e-13)
+
+
+def test_a_backward_twice_is_the_same_and_inputs_stay_as_they_are():
+    x, y, *_ = problem(3)
+    x = tuple(t.requires_grad_() for t in x)
+    before = [t.detach().clone() for t in x]
+    loss = ours(x, y, 2.0).sum()
+    first = torch.autograd.grad(loss, x, retain_graph=True)
+    second = torch.autograd.grad(loss, x)
+    for a, b in zip(first, second, strict=True):
+        assert torch.equal(a, b)
+    for t, kept in zip(x, before, strict=True):
+        assert torch.equal(t.detach(), kept)
+
+
+def test_targets_ignored_columns_padded_leading_dimensions():
+    (h, W, b), y, *_ = problem(4)
+    grid, targets = h[:6].reshape(2, 3, D), y[:6].clone().reshape(2, 3)
+    targets = targets.clamp_max(V - 3)
+    targets[1, 2] = -100
+    W, b = W.clone().requires_grad_(), b.clone().requires_grad_()
+    found = linear_entropy_logprob(
+        grid, W, targets, bias=b, temperature=torch.tensor([[0.5], [2.0]]), vocab_size=V - 2
+    )
+    assert found.entropy.shape == found.logprob.shape == (2, 3)
+    assert found.logprob[1, 2] == 0
+    z = (grid @ W[: V - 2].T + b[: V - 2]) / torch.tensor([[0.5], [2.0]])[..., None]
+    p = z.softmax(-1)
+    torch.testing.assert_close(found.entropy, -(p * p.log()).sum(-1))
+    (found.logprob.sum() + found.entropy.sum()).backward()
+    assert torch.equal(W.grad[V - 2 :], torch.zeros(2, D, dtype=W.dtype))
+    assert linear_entropy_logprob(h, W).logprob is None
+
+
+def test_empty_and_peaked_rows():
+    W = torch.eye(4, dtype=torch.float32)
+    assert linear_entropy_logprob(torch.zeros(0, 4), W, torch.zeros(0, dtype=torch.long)).entropy.shape == (
+        0,
+    )
+    h = torch.tensor([[20.0, 0.0, 0.0, 0.0]])
+    exact = linear_entropy_logprob(h.double(), W.double()).entropy
+    torch.testing.assert_close(linear_entropy_logprob(h, W).entropy.double(), exact, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_narrow_dtypes_within_twice_the_error_of_torch(dtype):
+    """Against float64, ours is at most twice as far as the layer, log_softmax in float32 and autograd are."""
+    x, y, _u, _v, c = problem(5, dtype)
+    exact = tuple(t.double().requires_grad_() for t in x)
+    narrow = tuple(t.clone().requires_grad_() for t in x)
+
+    def run(f, x):
+        out = f(x)
+        return [out, *torch.autograd.grad((out * c.to(out.dtype)).sum(), x)]
+
+    def torch_way(x):
+        z = torch.nn.functional.linear(*x).float() / TAU
+        log_p = z.log_softmax(-1)
+        return torch.stack(
+            [-(log_p.exp() * log_p).sum(-1), log_p.gather(-1, y[:, None])[:, 0], z.logsumexp(-1)]
+        )
+
+    reference = run(lambda x: plain(x, y), exact)
+    for r, t, o in zip(reference, run(torch_way, narrow), run(lambda x: ours(x, y), narrow), strict=True):
+        theirs, mine = (t.double() - r).abs().max(), (o.double() - r).abs().max()
+        assert mine <= 2 * theirs + torch.finfo(o.dtype).eps * r.abs().max()
+
+
+def test_autocast_is_that_of_the_layer():
+    x, y, *_ = problem(6, torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = linear_entropy_logprob(x[0], x[1], y, bias=x[2])
+    cast = linear_entropy_logprob(*(t.bfloat16() for t in x[:2]), y, bias=x[2].bfloat16())
+    assert found.entropy.dtype == torch.float32
+    assert torch.equal(found.entropy, cast.entropy) and torch.equal(found.logprob, cast.logprob)
+
+
+@pytest.mark.parametrize(
+    "change, word",
+    [
+        ({"hidden": torch.zeros(3, 4)}, "hidden"),
+        ({"weight": torch.zeros(V, D, dtype=torch.float32)}, "weight"),
+        ({"bias": torch.zeros(V + 1, dtype=torch.float64)}, "bias"),
+        ({"softcap": 0.0}, "softcap"),
+        ({"workspace": 0}, "workspace"),
+        ({"vocab_size": V + 1}, "vocab_size"),
+        ({"temperature": -1.0}, "temperature"),
+        ({"targets": torch.full((N,), V)}, "target"),
+    ],
+)
+def test_what_does_not_fit_is_named(change, word):
+    (h, W, b), y, *_ = problem()
+    given = {"hidden": h, "weight": W, "targets": y, "bias": b} | change
+    with pytest.raises(ValueError, match=word):
+        linear_entropy_logprob(**given)
+
+
+_PEAK = """
+import resource, sys, torch
+from entropy_kernels import linear_entropy_logprob
+torch.set_num_threads(1)
+N, D, V, workspace = 4096, 16, 8192, 8 << 20
+h, W = torch.randn(N, D, requires_grad=True), torch.randn(V, D, requires_grad=True)
+y = torch.randint(0, V, (N,))
+def run(n, workspace):
+    out = linear_entropy_logprob(h[:n], W, y[:n], workspace=workspace)
+    (out.entropy.sum() + out.logprob.sum()).backward()
+run(8, workspace)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+run(N, workspace)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+
+
+def test_memory_stays_within_the_workspace():
+    """128 MB of logits, 8 MB of workspace: forward and backward together take no more, but for the gradients (1 MB) and 2 MB of slack."""
+    found = subprocess.run([sys.executable, "-c", _PEAK], capture_output=True, text=True, check=True)
+    assert int(found.stdout) * 1024 <= (8 << 20) + (1 << 20) + (2 << 20)
