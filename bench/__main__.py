@@ -1,12 +1,12 @@
-"""`python -m bench rows`: timings of the kernels beside what they replace; results go to bench/results/."""
+"""`python -m bench NAME`: timings of the kernels beside what they replace; results go to bench/results/."""
 
 from __future__ import annotations
 
 import argparse
 
-from bench import rows
+from bench import linear, rows
 
-BENCHMARKS = {"rows": rows.run}
+BENCHMARKS = {"rows": rows.run, "linear": linear.run}
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)

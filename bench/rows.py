@@ -7,23 +7,19 @@ Nothing is timed before it agrees with float64.
 
 from __future__ import annotations
 
-import json
-import platform
-import statistics
-import subprocess
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.func import jvp
 
+from bench import timing
+from bench.timing import measure, relative_error
 from entropy_kernels.functional import entropy_logprob
 from entropy_kernels.ops import cpu
 
 SHAPES = [(2048, 49152, torch.float32), (256, 151936, torch.bfloat16)]
-RESULTS = Path(__file__).parent / "results"
 COMPILE_LIMIT_S = 60
 
 
@@ -47,8 +43,7 @@ def trl_functions() -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None:
 
 def error(f: Callable[..., tuple[Tensor, Tensor]], z: Tensor, y: Tensor) -> float:
     """The largest error on eight rows, relative to the largest value, against float64 of the same logits."""
-    got, want = f(z[:8], y[:8]), eager64(z[:8], y[:8])
-    return max(((g.double() - w).abs().max() / w.abs().max()).item() for g, w in zip(got, want, strict=True))
+    return relative_error(f(z[:8], y[:8]), eager64(z[:8], y[:8]))
 
 
 def eager64(z: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
@@ -61,11 +56,11 @@ def derivative_error(z: Tensor, dz: Tensor, y: Tensor) -> float:
     z, dz, y = z[:8], dz[:8], y[:8]
     got = jvp(lambda z: ours(z, y), (z,), (dz,))[1]
     want = jvp(lambda z: eager64(z, y), (z.double(),), (dz.double(),))[1]
-    worst = max(((g - w).abs().max() / w.abs().max()).item() for g, w in zip(got, want, strict=True))
+    worst = relative_error(got, want)
     narrow, wide = z.clone().requires_grad_(), z.double().requires_grad_()
     (g,) = torch.autograd.grad(sum(x.sum() for x in ours(narrow, y)), narrow)
     (w,) = torch.autograd.grad(sum(x.sum() for x in eager64(wide, y)), wide)
-    return max(worst, ((g.double() - w).abs().max() / w.abs().max()).item())
+    return max(worst, relative_error([g], [w]))
 
 
 def compiled(z: Tensor, y: Tensor) -> Callable[..., tuple[Tensor, Tensor]] | None:
@@ -86,22 +81,6 @@ def backward_of(f: Callable[..., tuple[Tensor, Tensor]], z: Tensor, y: Tensor) -
     entropy, logprob = f(z, y)
     weights = [torch.ones_like(entropy), torch.ones_like(logprob)]
     return lambda: torch.autograd.grad((entropy, logprob), z, weights, retain_graph=True)
-
-
-def measure(contenders: dict[str, Callable[[], object]], repeats: int) -> dict[str, dict[str, float]]:
-    """Contenders take turns, so that a busy moment of the machine hits all of them. Median and quartiles, ms."""
-    times: dict[str, list[float]] = {name: [] for name in contenders}
-    for round_ in range(repeats + 1):
-        for name, f in contenders.items():
-            start = time.perf_counter()
-            f()
-            if round_:  # the first round warms up
-                times[name].append((time.perf_counter() - start) * 1e3)
-    summary = {}
-    for name, ms in times.items():
-        low, median, high = statistics.quantiles(ms, n=4)
-        summary[name] = {"median_ms": median, "quartile_low_ms": low, "quartile_high_ms": high}
-    return summary
 
 
 def one_shape(R: int, V: int, dtype: torch.dtype, repeats: int) -> dict[str, object]:
@@ -151,51 +130,19 @@ def one_shape(R: int, V: int, dtype: torch.dtype, repeats: int) -> dict[str, obj
     }
 
 
-def processor() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.processor()
-
-
-def markdown(result: dict) -> str:
-    e = result["environment"]
-    lines = [
-        f"# Rows on {e['device']}, {e['threads']} threads, {e['backend']}",
-        "",
-        f"torch {e['torch']}, commit {e['commit']}, load average {e['load_average']:.1f} at the start. "
-        "Median of the rounds, quartiles in brackets.",
-    ]
+def markdown(result: dict) -> list[str]:
+    lines = timing.conditions("Rows", result["environment"])
     for shape in result["shapes"]:
         lines += ["", f"## [{shape['rows']}, {shape['vocabulary']}] {shape['dtype']}", ""]
         lines += [
             "Largest error against float64: " + ", ".join(f"{k} {v:.1e}" for k, v in shape["errors"].items())
         ]
         for name, timings in shape["timings"].items():
-            base_name, base = next(iter(timings.items()))
-            lines += ["", f"| {name} | ms | × {base_name} | ours is faster by |", "|---|---|---|---|"]
-            ours_ms = timings["ours"]["median_ms"]
-            for contender, t in timings.items():
-                lines += [
-                    f"| {contender} | {t['median_ms']:.1f} ({t['quartile_low_ms']:.1f}–{t['quartile_high_ms']:.1f}) "
-                    f"| {t['median_ms'] / base['median_ms']:.2f} | {t['median_ms'] / ours_ms:.1f} |"
-                ]
-    return "\n".join(lines) + "\n"
+            lines += timing.table(name, timings)
+    return lines
 
 
 def run(repeats: int) -> None:
-    git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
-    environment = {
-        "device": processor(),
-        "threads": torch.get_num_threads(),
-        "backend": cpu.backend(),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "commit": git.stdout.strip() or None,
-        "load_average": float(Path("/proc/loadavg").read_text().split()[0]),
-    }
+    environment = timing.environment("cpu")
     result = {"environment": environment, "shapes": [one_shape(*shape, repeats) for shape in SHAPES]}
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "rows_cpu.json").write_text(json.dumps(result, indent=1) + "\n")
-    (RESULTS / "rows_cpu.md").write_text(markdown(result))
-    print(markdown(result))
+    timing.save("rows_cpu", result, markdown(result))

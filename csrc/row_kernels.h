@@ -107,9 +107,10 @@ EK_LOOP void row_cotangents(const Args& a, int64_t begin, int64_t end) {
     const double c_mean = all.mean[0], scale = 1 / (all.weight * tau);
     // p (l − g − q (c − c̄)) / τ
     const Cotangent<T> f{Exp<T>::of(1 / tau), row.peak, T((l - g + q * c_mean) * scale), T(-q * scale / tau)};
+    const double c = y < 0 ? 0 : c_at(z, y, row.peak, tau);  // before writing: out may be z itself
     write_row<T>(f, z, z, out, a.V);
     if (y >= 0) {
-      const double c = c_at(z, y, row.peak, tau), p = std::exp(c) / all.weight;
+      const double p = std::exp(c) / all.weight;
       const double one_minus_p = y == row.peak_index ? row.others.weight / all.weight : 1 - p;
       const double from_p = p > 0 ? p * (l - q * (c - c_mean)) : 0 * p;
       narrow((from_p + g * one_minus_p) / tau, out[y]);
@@ -136,11 +137,13 @@ EK_LOOP void row_cotangent_tangents(const Args& a, int64_t begin, int64_t end) {
     const double s2 = scale / tau;  // for each coordinate that is not yet divided by τ
     const CotangentTangent<T> f{Exp<T>::of(1 / tau), row.peak, row.x_peak[1], T(c_mean * tau), T(mu * tau),
                                 T((l - g - q) * s2), T(-q * s2 / tau), T((dl - dg - q * d_entropy) * scale), T(-dq * s2)};
+    const double c = y < 0 ? 0 : c_at(z, y, row.peak, tau);  // before writing: out may be z or dz itself
+    const double dz_y = y < 0 ? 0 : double(widen(dz[y]));
     write_row<T>(f, z, dz, out, a.V);
     if (y >= 0) {
-      const double c = c_at(z, y, row.peak, tau), p = std::exp(c) / all.weight;
+      const double p = std::exp(c) / all.weight;
       const double one_minus_p = y == row.peak_index ? row.others.weight / all.weight : 1 - p;
-      const double spread = (double(widen(dz[y])) - row.x_peak[1]) / tau - mu, centred = c - c_mean;
+      const double spread = (dz_y - row.x_peak[1]) / tau - mu, centred = c - c_mean;
       const double from_p =
           p > 0 ? p * (spread * (l - g - q - q * centred) + dl - q * d_entropy - dq * centred) : 0 * p;
       narrow((from_p + dg * one_minus_p) / tau, out[y]);

@@ -138,12 +138,22 @@ def row_second_tangents(z: Tensor, du: Tensor, dz: Tensor, y: Tensor, tau: Tenso
     return _values(torch.ops.entropy_kernels.row_second_tangents, level, z, (du, dz), y, tau)
 
 
-def row_cotangents(z: Tensor, y: Tensor, tau: Tensor, q: Tensor, g: Tensor, l: Tensor) -> Tensor:  # noqa: E741
-    """The gradient of q·H + g·logprob + l·logsumexp, [R, V] in z's dtype."""
+def row_cotangents(
+    z: Tensor,
+    y: Tensor,
+    tau: Tensor,
+    q: Tensor,
+    g: Tensor,
+    l: Tensor,  # noqa: E741
+    *,
+    out: Tensor | None = None,
+) -> Tensor:
+    """The gradient of q·H + g·logprob + l·logsumexp, [R, V] in z's dtype; into `out`, which may be z, where it is given."""
     if (level := _level()) is None:
-        return reference.row_cotangents(z, y, tau, q, g, l)
+        return reference.row_cotangents(z, y, tau, q, g, l, out=out)
     (logits,) = _prepared(z)
-    out = torch.empty(z.shape, dtype=logits.dtype, device=z.device)
+    if out is None:
+        out = torch.empty(z.shape, dtype=logits.dtype, device=z.device)
     torch.ops.entropy_kernels.row_cotangents(logits, y.contiguous(), *_vectors(z, tau, q, g, l), out, level)
     return out.to(z.dtype)
 
@@ -155,12 +165,15 @@ def row_cotangent_tangents(
     tau: Tensor,
     cotangents: tuple[Tensor, Tensor, Tensor],
     cotangent_tangents: tuple[Tensor, Tensor, Tensor],
+    *,
+    out: Tensor | None = None,
 ) -> Tensor:
-    """The tangent of `row_cotangents` along (ż, q̇, ġ, l̇), [R, V] in z's dtype."""
+    """The tangent of `row_cotangents` along (ż, q̇, ġ, l̇), [R, V] in z's dtype; into `out`, which may be z or dz."""
     if (level := _level()) is None:
-        return reference.row_cotangent_tangents(z, dz, y, tau, cotangents, cotangent_tangents)
+        return reference.row_cotangent_tangents(z, dz, y, tau, cotangents, cotangent_tangents, out=out)
     logits, tangent = _prepared(z, dz)
-    out = torch.empty(z.shape, dtype=logits.dtype, device=z.device)
+    if out is None:
+        out = torch.empty(z.shape, dtype=logits.dtype, device=z.device)
     torch.ops.entropy_kernels.row_cotangent_tangents(
         logits, tangent, y.contiguous(), *_vectors(z, tau, *cotangents, *cotangent_tangents), out, level
     )

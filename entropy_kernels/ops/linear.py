@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -55,21 +55,20 @@ def linear_values(x: Point) -> RowValues:
 def linear_tangents(x: Point, v: Head) -> RowValues:
     """F'(z)·ż, each [N], nats per unit of the tangent v."""
     out = _empty(x)
-    for b, z in _chunks(x, 2):
-        dz = _tangent(x, v, b, z)
-        _put(out, b, x.rows.row_tangents(z, dz, x.targets[b], x.temperature[b]))
+    for b, z, dz in _chunks(x, 2):
+        _put(out, b, x.rows.row_tangents(z, _tangent(x, v, b, z, dz), x.targets[b], x.temperature[b]))
     return out
 
 
 def linear_second_tangents(x: Point, u: Head, v: Head) -> RowValues:
     """F''(z)[z_u, z_v] + F'(z)·z_uv, each [N]: the second derivative of F along u and v."""
     out = _empty(x)
-    for b, z in _chunks(x, 4):
-        du, dv = _tangent(x, u, b, z), _tangent(x, v, b, z)
+    for b, z, du, dv, spare in _chunks(x, 4):
+        _tangent(x, u, b, z, du)
+        _tangent(x, v, b, z, dv)
         second = x.rows.row_second_tangents(z, du, dv, x.targets[b], x.temperature[b])
-        mixed = _mixed(x, u, v, b, z, du, dv)
-        if mixed is not None:
-            first = x.rows.row_tangents(z, mixed, x.targets[b], x.temperature[b])
+        if _mixed(x, u, v, b, z, du, dv, spare):
+            first = x.rows.row_tangents(z, spare, x.targets[b], x.temperature[b])
             second = RowValues(*(p + q for p, q in zip(second, first, strict=True)))
         _put(out, b, second)
     return out
@@ -78,8 +77,9 @@ def linear_second_tangents(x: Point, u: Head, v: Head) -> RowValues:
 def linear_cotangents(x: Point, weights: tuple[Tensor, ...], wanted: tuple[bool, bool, bool]) -> Head:
     """The gradient of Σ (q·H + g·logprob + l·logsumexp) with respect to (h, W, b), where wanted."""
     out = _zeros(x, wanted)
-    for b, z in _chunks(x, 2):
-        da = x.rows.row_cotangents(z, x.targets[b], x.temperature[b], *(w[b] for w in weights))
+    for b, z, *spare in _chunks(x, 1 + (x.softcap is not None)):
+        da = spare[0] if spare else z  # without a soft cap the logits are not needed again
+        x.rows.row_cotangents(z, x.targets[b], x.temperature[b], *(w[b] for w in weights), out=da)
         if x.softcap is not None:
             da *= _slope(z, x.softcap)
         _pull(out, x.head, b, da)
@@ -95,40 +95,41 @@ def linear_cotangent_tangents(
 ) -> Head:
     """The tangent of `linear_cotangents` along v and the weights' tangents (q̇, ġ, l̇)."""
     out = _zeros(x, wanted)
-    for b, z in _chunks(x, 4):
+    for b, z, dz, da in _chunks(x, 3):
         y, tau = x.targets[b], x.temperature[b]
         q, dq = tuple(w[b] for w in weights), tuple(w[b] for w in d_weights)
-        dz = _tangent(x, v, b, z)
-        d_da = x.rows.row_cotangent_tangents(z, dz, y, tau, q, dq)
-        needs_da = x.softcap is not None or v.weight is not None or v.hidden is not None
-        if needs_da:
-            da = x.rows.row_cotangents(z, y, tau, *q)
-            if x.softcap is not None:
-                slope = _slope(z, x.softcap)
-                d_da = d_da * slope + (-2 / x.softcap**2) * z * dz * da
-                da *= slope
-            _pull(out, Head(v.hidden, v.weight, None), b, da)  # da Ẇ and daᵀ ḣ
+        _tangent(x, v, b, z, dz)
+        x.rows.row_cotangents(z, y, tau, *q, out=da)
+        if x.softcap is None:
+            d_da = x.rows.row_cotangent_tangents(z, dz, y, tau, q, dq, out=dz)
+        else:
+            slope = _slope(z, x.softcap)
+            d_da = x.rows.row_cotangent_tangents(z, dz, y, tau, q, dq) * slope
+            d_da += dz.mul_(z).mul_(-2 / x.softcap**2).mul_(da)
+            da *= slope
+        _pull(out, Head(v.hidden, v.weight, None), b, da)  # da Ẇ and daᵀ ḣ
         _pull(out, x.head, b, d_da)
     return _in_dtype(out, x.head)
 
 
-def _chunks(x: Point, buffers: int) -> Iterator[tuple[slice, Tensor]]:
-    """(rows, their logits) with at most `workspace` bytes in `buffers` tensors of the logits' size; one block of memory for all."""
-    buffers += 2 * (x.softcap is not None)  # the slope and a product with it
+def _chunks(x: Point, buffers: int) -> Iterator[Any]:
+    """(rows, their logits, further buffers of that size): at most `workspace` bytes, allocated once for all chunks."""
     h, W, bias = x.head
     assert h is not None and W is not None
-    size = max(1, min(len(h), x.workspace // max(1, buffers * W.shape[0] * h.element_size())))
-    memory = h.new_empty((size, W.shape[0]))
+    temporaries = 0 if x.softcap is None else 2  # the slope, and a product with it
+    row = max(1, (buffers + temporaries) * W.shape[0] * h.element_size())
+    size = max(1, min(len(h), x.workspace // row))
+    memory = h.new_empty((buffers, size, W.shape[0]))
     for start in range(0, len(h), size):
         b = slice(start, min(start + size, len(h)))
-        z = memory[: b.stop - b.start]
+        z, *spare = (m[: b.stop - b.start] for m in memory)
         if bias is None:
             torch.mm(h[b], W.t(), out=z)
         else:
             torch.addmm(bias, h[b], W.t(), out=z)
         if x.softcap is not None:
             z.div_(x.softcap).tanh_().mul_(x.softcap)
-        yield b, z
+        yield b, z, *spare
 
 
 def _slope(z: Tensor, softcap: float) -> Tensor:
@@ -136,31 +137,39 @@ def _slope(z: Tensor, softcap: float) -> Tensor:
     return (1 - z / softcap) * (1 + z / softcap)
 
 
-def _tangent(x: Point, v: Head, b: slice, z: Tensor) -> Tensor:
-    """ż = s(ḣWᵀ + hẆᵀ + ḃ)."""
+def _tangent(x: Point, v: Head, b: slice, z: Tensor, dz: Tensor) -> Tensor:
+    """ż = s(ḣWᵀ + hẆᵀ + ḃ), into dz."""
     h, W, _ = x.head
     assert h is not None and W is not None
-    dz = torch.zeros_like(z) if v.bias is None else v.bias.expand_as(z).clone()
-    if v.hidden is not None:
-        dz.addmm_(v.hidden[b], W.t())
-    if v.weight is not None:
-        dz.addmm_(h[b], v.weight.t())
+    started = v.bias is not None
+    if v.bias is not None:
+        dz.copy_(v.bias)
+    for left, right in ((v.hidden, W), (h, v.weight)):
+        if left is not None and right is not None:
+            torch.addmm(dz, left[b], right.t(), beta=int(started), out=dz)
+            started = True
+    if not started:
+        dz.zero_()
     return dz if x.softcap is None else dz.mul_(_slope(z, x.softcap))
 
 
-def _mixed(x: Point, u: Head, v: Head, b: slice, z: Tensor, du: Tensor, dv: Tensor) -> Tensor | None:
-    """z_uv = s(h_u W_vᵀ + h_v W_uᵀ) − (2z/κ²) s a_u a_v, or None where it is zero; du and dv are s a_u and s a_v."""
-    out: Tensor | None = None
-    for first, second in ((u, v), (v, u)):
-        if first.hidden is not None and second.weight is not None:
-            out = torch.zeros_like(z) if out is None else out
-            out.addmm_(first.hidden[b], second.weight.t())
+def _mixed(x: Point, u: Head, v: Head, b: slice, z: Tensor, du: Tensor, dv: Tensor, out: Tensor) -> bool:
+    """z_uv = s(h_u W_vᵀ + h_v W_uᵀ) − (2z/κ²) s a_u a_v, into `out`; false where it is zero. du and dv are s a_u and s a_v."""
+    pairs = [(first.hidden, second.weight) for first, second in ((u, v), (v, u))]
+    products = [(h, W) for h, W in pairs if h is not None and W is not None]
+    for i, (h, W) in enumerate(products):
+        torch.addmm(out, h[b], W.t(), beta=int(i > 0), out=out)
     if x.softcap is None:
-        return out
+        return bool(products)
     slope = _slope(z, x.softcap)
-    # where the cap is so near that s rounds to 0, so do a_u s and a_v s, and z no longer moves
-    bend = (-2 / x.softcap**2) * z * du * torch.where(slope > 0, dv / slope, 0.0)
-    return bend if out is None else out.mul_(slope).add_(bend)
+    if products:
+        out *= slope
+    else:
+        out.zero_()
+    # at the cap itself s is 0, and so are s a_u and s a_v: z no longer moves
+    slope = torch.where(slope > 0, dv / slope, 0.0)
+    out.addcmul_(slope.mul_(z), du, value=-2 / x.softcap**2)
+    return True
 
 
 def _pull(out: Head, head: Head, b: slice, da: Tensor) -> None:

@@ -89,6 +89,11 @@ def _stack(parts: list[RowValues]) -> RowValues:
     )
 
 
+def _cat(parts: list[Tensor], out: Tensor | None) -> Tensor:
+    found = parts[0] if len(parts) == 1 else torch.cat(parts)
+    return found if out is None else out.copy_(found)
+
+
 def row_values(z: Tensor, y: Tensor, tau: Tensor) -> RowValues:
     """H = log1p(s1) − c̄,  logprob_y = c_y − log1p(s1),  logsumexp = z_{a*}/τ + log1p(s1)."""
     parts = []
@@ -156,14 +161,26 @@ def _add_at_target(out: Tensor, row: _Row, y: Tensor, g: Tensor) -> Tensor:
     )
 
 
-def row_cotangents(z: Tensor, y: Tensor, tau: Tensor, q: Tensor, g: Tensor, l: Tensor) -> Tensor:  # noqa: E741
-    """The gradient of q·H + g·logprob + l·logsumexp: dz = [g(1_y − p) − q p (c − c̄) + l p]/τ, [R, V] in z's dtype."""
+def row_cotangents(
+    z: Tensor,
+    y: Tensor,
+    tau: Tensor,
+    q: Tensor,
+    g: Tensor,
+    l: Tensor,  # noqa: E741
+    *,
+    out: Tensor | None = None,
+) -> Tensor:
+    """The gradient of q·H + g·logprob + l·logsumexp: dz = [g(1_y − p) − q p (c − c̄) + l p]/τ, [R, V] in z's dtype.
+
+    Written into `out`, which may be z itself, where it is given.
+    """
     parts = []
     for b in _blocks(z):
         row, _ = _row(z[b], tau[b])
-        out = row.p * (l[b].unsqueeze(-1) - q[b].unsqueeze(-1) * (row.c - row.c_mean))
-        parts.append((_add_at_target(out, row, y[b], g[b]) / row.tau).to(z.dtype))
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
+        part = row.p * (l[b].unsqueeze(-1) - q[b].unsqueeze(-1) * (row.c - row.c_mean))
+        parts.append((_add_at_target(part, row, y[b], g[b]) / row.tau).to(z.dtype))
+    return _cat(parts, out)
 
 
 def row_cotangent_tangents(
@@ -173,8 +190,10 @@ def row_cotangent_tangents(
     tau: Tensor,
     cotangents: tuple[Tensor, Tensor, Tensor],
     cotangent_tangents: tuple[Tensor, Tensor, Tensor],
+    *,
+    out: Tensor | None = None,
 ) -> Tensor:
-    """The tangent of `row_cotangents` along (ż, q̇, ġ, l̇), [R, V] in z's dtype.
+    """The tangent of `row_cotangents` along (ż, q̇, ġ, l̇), [R, V] in z's dtype; into `out`, which may be z or ż.
 
     With ṗ = p(δ − μ) and the tangent of c − c̄ equal to δ − μ + H':
         ġ(1_y − p) − g ṗ − q̇ p(c − c̄) − q[ṗ(c − c̄) + p(δ − μ + H')] + l̇ p + l ṗ,   all over τ.
@@ -189,8 +208,8 @@ def row_cotangent_tangents(
         d_entropy = -(row.p * centred * spread).sum(-1, keepdim=True)
         q_b, dq_b, l_b, dl_b = (x[b].unsqueeze(-1) for x in (q, dq, l, dl))
         g_b = torch.where(y[b] >= 0, g[b], 0.0).unsqueeze(-1)
-        out = row.p * (
+        part = row.p * (
             spread * (l_b - g_b - q_b * centred) - q_b * (spread + d_entropy) - dq_b * centred + dl_b  #
         )
-        parts.append((_add_at_target(out, row, y[b], dg[b]) / row.tau).to(z.dtype))
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
+        parts.append((_add_at_target(part, row, y[b], dg[b]) / row.tau).to(z.dtype))
+    return _cat(parts, out)

@@ -154,6 +154,26 @@ def test_a_row_does_not_depend_on_its_neighbours(name):
     assert torch.equal(one.squeeze(), all_rows[7] if name.startswith("row_cotangent") else all_rows[:, 7])
 
 
+@each_dtype
+@pytest.mark.parametrize("ops", [cpu, reference])
+@pytest.mark.parametrize("V", [7, 507, 4103])
+def test_a_gradient_may_be_written_over_its_inputs(ops, dtype, V):
+    z, _u, v, y, tau, w = case(9, V, dtype)
+    y[0] = z[0].argmax()
+    weights, moved = tuple(w[:3]), tuple(w[3:])
+    first = ops.row_cotangents(z, y, tau, *weights)
+    second = ops.row_cotangent_tangents(z, v, y, tau, weights, moved)
+    for over in (0, 1):
+        inputs = (z.clone(), v.clone())
+        assert torch.equal(
+            ops.row_cotangent_tangents(*inputs, y, tau, weights, moved, out=inputs[over]), second
+        )
+        assert torch.equal(inputs[over], second)
+    over_z = z.clone()
+    ops.row_cotangents(over_z, y, tau, *weights, out=over_z)
+    assert torch.equal(over_z, first)
+
+
 def special_rows(dtype, V=2300):
     """Rising (every chunk brings a new peak), tied, uniform, masked, peaked at both ends, shifted."""
     z, u, v, y, tau, w = case(12, V, dtype)

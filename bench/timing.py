@@ -1,0 +1,128 @@
+"""What every benchmark shares: contenders that take turns, the conditions of a run, result files.
+
+Times are medians with quartiles, in milliseconds, from one run; a ratio is only ever taken within a run.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from entropy_kernels.ops import cpu
+
+RESULTS = Path(__file__).parent / "results"
+Contenders = Mapping[str, Callable[[], object]]
+
+
+def measure(contenders: Contenders, repeats: int, device: str = "cpu") -> dict[str, dict[str, float]]:
+    """Contenders take turns, so that a busy moment of the machine hits all of them. Median and quartiles, ms."""
+    times: dict[str, list[float]] = {name: [] for name in contenders}
+    for round_ in range(repeats + 1):
+        for name, f in contenders.items():
+            ms = one_call_ms(f, device)
+            if round_:  # the first round warms up
+                times[name].append(ms)
+    summary = {}
+    for name, ms_of_rounds in times.items():
+        low, median, high = statistics.quantiles(ms_of_rounds, n=4)
+        summary[name] = {"median_ms": median, "quartile_low_ms": low, "quartile_high_ms": high}
+    return summary
+
+
+def one_call_ms(f: Callable[[], object], device: str) -> float:
+    """One call: wall time on the CPU, time between two events on the GPU."""
+    if not device.startswith("cuda"):
+        start = time.perf_counter()
+        f()
+        return (time.perf_counter() - start) * 1e3
+    torch.cuda.synchronize()
+    before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    before.record()
+    f()
+    after.record()
+    torch.cuda.synchronize()
+    return before.elapsed_time(after)
+
+
+def rotating(count: int, *tensors: Tensor) -> Callable[[], tuple[Tensor, ...]]:
+    """Another copy of the tensors each time, `count` in all, so that no call finds its data in the cache."""
+    copies = [tensors, *(tuple(t.clone() for t in tensors) for _ in range(count - 1))]
+    turn = iter(range(1 << 60))
+    return lambda: copies[next(turn) % count]
+
+
+def relative_error(got: Any, want: Any) -> float:
+    """The largest error of any part, relative to that part's largest value."""
+    return max(
+        float((g.double() - w.double()).abs().max() / w.double().abs().max())
+        for g, w in zip(got, want, strict=True)
+    )
+
+
+def processor(device: str) -> str:
+    """The name of the CPU or GPU."""
+    if device.startswith("cuda"):
+        return torch.cuda.get_device_name(device)
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.processor()
+
+
+def environment(device: str) -> dict[str, Any]:
+    """Device, versions, commit and load: the conditions of a run."""
+    git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
+    found: dict[str, Any] = {
+        "device": processor(device),
+        "threads": torch.get_num_threads(),
+        "backend": cpu.backend() if device == "cpu" else "gpu",
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "commit": git.stdout.strip() or None,
+        "load_average": os.getloadavg()[0],
+    }
+    if device != "cpu":
+        found["cuda"] = torch.version.cuda
+    return found
+
+
+def conditions(title: str, e: Mapping[str, Any]) -> list[str]:
+    """The head of a Markdown result."""
+    return [
+        f"# {title} on {e['device']}, {e['threads']} threads, {e['backend']}",
+        "",
+        f"torch {e['torch']}, commit {e['commit']}, load average {e['load_average']:.1f} at the start. "
+        "Median of the rounds, quartiles in brackets.",
+    ]
+
+
+def table(name: str, timings: Mapping[str, Mapping[str, float]], ours: str = "ours") -> list[str]:
+    """A Markdown table of contenders against the first of them and against ours."""
+    base_name, base = next(iter(timings.items()))
+    lines = ["", f"| {name} | ms | × {base_name} | ours is faster by |", "|---|---|---|---|"]
+    for contender, t in timings.items():
+        spread = f"{t['median_ms']:.1f} ({t['quartile_low_ms']:.1f}–{t['quartile_high_ms']:.1f})"
+        lines += [
+            f"| {contender} | {spread} | {t['median_ms'] / base['median_ms']:.2f} "
+            f"| {t['median_ms'] / timings[ours]['median_ms']:.1f} |"
+        ]
+    return lines
+
+
+def save(name: str, result: Mapping[str, Any], lines: list[str]) -> None:
+    """bench/results/NAME.json and NAME.md; the latter is printed too."""
+    RESULTS.mkdir(exist_ok=True)
+    text = "\n".join(lines) + "\n"
+    (RESULTS / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
+    (RESULTS / f"{name}.md").write_text(text)
+    print(text)
