@@ -113,12 +113,15 @@ def linear_cotangent_tangents(
 
 
 def _chunks(x: Point, buffers: int) -> Iterator[Any]:
-    """(rows, their logits, further buffers of that size): at most `workspace` bytes, allocated once for all chunks."""
+    """(rows, their logits, further buffers of that size), allocated once for all chunks: at most 7/8 of `workspace` bytes.
+
+    The rest is for what the library's products allocate on their own.
+    """
     h, W, bias = x.head
     assert h is not None and W is not None
     temporaries = 0 if x.softcap is None else 2  # the slope, and a product with it
     row = max(1, (buffers + temporaries) * W.shape[0] * h.element_size())
-    size = max(1, min(len(h), x.workspace // row))
+    size = max(1, min(len(h), x.workspace * 7 // 8 // row))
     memory = h.new_empty((buffers, size, W.shape[0]))
     for start in range(0, len(h), size):
         b = slice(start, min(start + size, len(h)))
