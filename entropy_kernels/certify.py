@@ -5,7 +5,7 @@ With f a fixed random mix of the entropies and logprobs of one short sequence, a
 
     the model itself, in its own dtype        f'·v = ⟨∇f, v⟩                         forward mode against reverse mode
                                               (f'·v)'·v = ⟨(∇f)'·v, v⟩               forward over forward against forward over reverse
-    its first two layers, in float64          f'·v and (f'·v)'·v against finite differences, float32 casts lifted
+    two of its layers, in float64             f'·v and (f'·v)'·v against finite differences, float32 casts lifted
 
 Before, the values: entropies and logprobs against those of the model called on its own, with nothing but the token ids.
 If a derivative fails, every module is tested alone on the inputs it saw, innermost first, and the first bad one is named.
@@ -47,7 +47,7 @@ class Certificate:
 
     first: float  # forward against reverse, working dtype
     second: float  # forward over forward against forward over reverse, working dtype
-    first_difference: float  # forward mode against finite differences, float64, first two layers
+    first_difference: float  # forward mode against finite differences, float64, two layers
     second_difference: float
 
     def to_json(self) -> dict[str, float]:
@@ -60,7 +60,7 @@ def certify(policy: Policy, batch: TokenBatch | None = None) -> Certificate:
 
     Args:
         policy: the model and its parameters.
-        batch: where to take the short sequence from; without it, twelve token ids spread over the vocabulary.
+        batch: where to take the short sequence from; without it, twelve token ids spread over the vocabulary, padding aside.
 
     Returns:
         The errors found.
@@ -96,8 +96,9 @@ def certify(policy: Policy, batch: TokenBatch | None = None) -> Certificate:
 
 def _short_sequence(policy: Policy, batch: TokenBatch | None) -> Tensor:
     if batch is None:
-        vocab = policy.model.get_input_embeddings().weight.shape[0]
-        return torch.linspace(0, vocab - 1, _LENGTH).long()
+        # a row of zeros, as padding has that was never trained, is where a norm has no second derivative to speak of
+        rows = policy.model.get_input_embeddings().weight.ne(0).any(dim=1).nonzero().flatten().cpu()
+        return rows[torch.linspace(0, len(rows) - 1, _LENGTH).long()]
     lengths = batch.attention_mask.bool().sum(1)
     shortest = int(lengths.argmin())
     return batch.input_ids[shortest][batch.attention_mask[shortest].bool()][-_LENGTH:].cpu()
@@ -224,9 +225,15 @@ def _layers(model: Any) -> tuple[str, nn.ModuleList]:
 
 
 @contextlib.contextmanager
-def _cut(model: Any, kept: Tensor | None) -> Iterator[None]:
-    """Within: the model has its first two layers and the vocabulary `kept`, so that a copy is small; tied weights stay tied."""
+def _cut(model: Any, kept: Tensor | None, measured: Parameters) -> Iterator[None]:
+    """Within: the model has two of its layers and the vocabulary `kept`, so that a copy is small; tied weights stay tied.
+
+    They are the first two, but layers with measured parameters come before others.
+    """
     name, layers = _layers(model)
+    prefixes = {i: f"{name}.{i}." for i in range(len(layers))}
+    unmeasured = [i for i, prefix in prefixes.items() if not any(p.startswith(prefix) for p in measured)]
+    chosen = sorted(([i for i in prefixes if i not in unmeasured] + unmeasured)[:2])
     parent = model.get_submodule(name.rpartition(".")[0])
     attribute = name.rpartition(".")[2]
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
@@ -236,7 +243,7 @@ def _cut(model: Any, kept: Tensor | None) -> Iterator[None]:
         for name, p in module._parameters.items()
         if p is not None
     ]
-    setattr(parent, attribute, layers[:2])
+    setattr(parent, attribute, nn.ModuleList(layers[i] for i in chosen))
     if kept is not None:
         cut = {p: nn.Parameter(p.detach()[kept]) for _, _, p in whole}
         for module, parameter, p in whole:
@@ -250,7 +257,7 @@ def _cut(model: Any, kept: Tensor | None) -> Iterator[None]:
 
 
 def _two_layers(policy: Policy, ids: Tensor) -> tuple[Policy, Tensor]:
-    """A float64 copy of the first two layers, with only the vocabulary that the sequence and a few more tokens need."""
+    """A float64 copy of two layers, all its parameters measured, with only the vocabulary that the sequence and a few more tokens need."""
     model = policy.model
     tables = model.get_input_embeddings(), model.get_output_embeddings()
     kept = None
@@ -258,7 +265,7 @@ def _two_layers(policy: Policy, ids: Tensor) -> tuple[Policy, Tensor]:
         some = torch.arange(min(64, len(tables[0].weight)))
         kept, renamed = torch.unique(torch.cat([ids, some]), return_inverse=True)
         kept, ids = kept.to(policy.device), renamed[: len(ids)]
-    with _cut(model, kept):
+    with _cut(model, kept, policy.params):
         small = copy.deepcopy(model)
     config = small.config.get_text_config()
     config.num_hidden_layers = min(2, config.num_hidden_layers)

@@ -20,10 +20,11 @@ import torch
 from torch import Tensor, nn
 
 from entropy_kernels import attention
-from entropy_kernels.checkpoints import load_model
+from entropy_kernels.checkpoints import adapter_directory, base_with_adapter, load_model
 from entropy_kernels.errors import UserError
 from entropy_kernels.functional import entropy_logprob
 from entropy_kernels.rewrites import Rewrites
+from entropy_kernels.selection import select_parameters
 
 Parameters = dict[str, Tensor]
 _DTYPES = {"float32": torch.float32, "float64": torch.float64}
@@ -85,9 +86,10 @@ class _Rows(nn.Module):
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Policy:
-    """A causal LM, its parameters θ as a plain dictionary, and the temperature that is part of the policy.
+    """A causal LM, its measured parameters θ as a plain dictionary, and the temperature that is part of the policy.
 
-    `params` are by the model's own names, without gradient, tied weights once; `shifted` gives the same model elsewhere.
+    `params` are by the model's own names, without gradient, tied weights once; all others are constants (`selection` says which are
+    which). `shifted` gives the same model elsewhere.
     `micro_batch_tokens` bounds n·L of a micro-batch.
     """
 
@@ -114,26 +116,43 @@ class Policy:
         micro_batch_tokens: int = 2048,
         base: str | None = None,
     ) -> Policy:
-        """Load a model for measuring: evaluation mode, differentiable attention, all parameters, float32 or float64.
+        """Load a model for measuring: evaluation mode, differentiable attention, float32 or float64.
+
+        Args:
+            path_or_id: model or checkpoint directory, PEFT adapter directory, .gguf file, or hub id.
+            adapter: PEFT LoRA directory, to be put into the model at `path_or_id`. An adapter's directory as `path_or_id` names its
+                base model itself, or `base` does.
+            temperature: τ; the policy is softmax(z/τ).
+            parameters: what is measured: "all" that training moves (with an adapter that is the adapter, with its modules_to_save and
+                biases), "lora" (A and B alone), or a regular expression searched for in every parameter name.
+            dtype: "float32" or "float64". Files in 16 bits are read exactly; arithmetic is in this dtype.
+            device: None for a GPU where there is one.
+            micro_batch_tokens: tokens in one micro-batch.
+            base: where the tokenizer comes from if the directory has none; for an adapter's directory its base model.
 
         Raises:
-            UserError: something that this version does not measure (adapters, parameter subsets, 16-bit weights), or a model that
-                cannot be loaded.
+            UserError: 16-bit arithmetic, a model or adapter that cannot be loaded or is of a kind that is not measured, a selection of
+                parameters that selects nothing.
         """
-        if adapter is not None or parameters != "all":
-            raise UserError(
-                f"parameters: got adapter={adapter!r}, parameters={parameters!r}; this version measures full parameters only. "
-                "Merge the adapter into the model, and pass parameters='all'."
-            )
         if dtype not in _DTYPES:
             raise UserError(
                 f"dtype: got {dtype!r}, expected 'float32' or 'float64'. Casting the weights to 16 bits makes another model, whose "
                 "entropy derivative differs by several per cent."
             )
         chosen = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        model, tokenizer = load_model(path_or_id, dtype=_DTYPES[dtype], device=chosen, base=base)
+        source, base = (path_or_id, base) if adapter is None else (adapter, path_or_id)
+        if adapter is not None and adapter_directory(adapter) is None:
+            raise UserError(
+                f"adapter: {adapter!r} has no adapter_config.json; expected the directory of a PEFT LoRA adapter. A full model is passed "
+                "as the first argument alone."
+            )
+        model, tokenizer = load_model(source, dtype=_DTYPES[dtype], device=chosen, base=base)
         return cls.from_model(
-            model, tokenizer, temperature=temperature, micro_batch_tokens=micro_batch_tokens
+            model,
+            tokenizer,
+            temperature=temperature,
+            parameters=parameters,
+            micro_batch_tokens=micro_batch_tokens,
         )
 
     @classmethod
@@ -143,20 +162,26 @@ class Policy:
         tokenizer: Any = None,
         *,
         temperature: float = 1.0,
+        parameters: str = "all",
         micro_batch_tokens: int = 2048,
     ) -> Policy:
         """Wrap a loaded model. It is put into evaluation mode and given `attention.plain_attention`; weights are not copied.
 
-        A mixture of experts is differentiated with the experts of every token held fixed.
+        A mixture of experts is differentiated with the experts of every token held fixed. A `peft.PeftModel` with one LoRA adapter
+        is unwrapped: parameters then have the names they have in its base model, `….lora_A.default.weight`.
 
         Raises:
-            UserError: a temperature that is not positive, or logits that are more than the output layer of the last hidden state,
-                a constant factor and a soft cap that the config declares.
+            UserError: a temperature that is not positive, weights in 16 bits, a selection of parameters that selects nothing (`parameters`
+                is as in `from_pretrained`), or logits that are more than the output layer of the last hidden state, a constant factor
+                and a soft cap that the config declares.
         """
         if not temperature > 0:
             raise UserError(
                 f"temperature: got {temperature}, expected a positive number. Greedy decoding (temperature 0) has no entropy to measure."
             )
+        model = base_with_adapter(model)
+        _check_dtypes(model)
+        params = select_parameters(model, parameters)
         model.eval().requires_grad_(False)
         attention.register()
         model.set_attn_implementation(attention.NAME)
@@ -164,9 +189,8 @@ class Policy:
             model.set_experts_implementation(
                 "eager"
             )  # the grouped product of experts has no forward-mode rule
-        embedding = model.get_input_embeddings()
-        padding_idx, embedding.padding_idx = getattr(embedding, "padding_idx", None), None
-        params = {name: p.detach() for name, p in model.named_parameters()}
+        padding_idx = getattr(model.get_input_embeddings(), "padding_idx", None)
+        _set_padding_idx(model, None)
         scale, softcap = _declared_head(model)
         policy = cls(
             model=model,
@@ -188,12 +212,11 @@ class Policy:
         An embedding made with a padding index drops that row's gradient even where the token is a real one, such as an
         end-of-turn token in a prompt. The true derivative has it, so it is switched off but for the trainer's own gradient.
         """
-        embedding = self.model.get_input_embeddings()
-        embedding.padding_idx = self.padding_idx
+        _set_padding_idx(self.model, self.padding_idx)
         try:
             yield
         finally:
-            embedding.padding_idx = None
+            _set_padding_idx(self.model, None)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -230,8 +253,8 @@ def check_direction(policy: Policy, direction: Parameters) -> None:
     missing, extra = policy.params.keys() - direction.keys(), direction.keys() - policy.params.keys()
     if missing or extra:
         raise UserError(
-            f"direction: expected exactly the {len(policy.params)} parameter names of the model; missing {sorted(missing)[:3]}, "
-            f"unknown {sorted(extra)[:3]}. Use the names of model.named_parameters(), tied weights once."
+            f"direction: expected exactly the {len(policy.params)} names of the policy's parameters; missing {sorted(missing)[:3]}, "
+            f"unknown {sorted(extra)[:3]}. Use the names in policy.params, and the same parameters= as when it was made."
         )
     for name, p in policy.params.items():
         if direction[name].shape != p.shape or direction[name].dtype != p.dtype:
@@ -313,6 +336,23 @@ def _pack(batch: TokenBatch, chosen: Tensor, width: int, device: torch.device) -
     )
 
 
+def _check_dtypes(model: nn.Module) -> None:
+    """One dtype throughout, float32 or float64: rounding θ + ηv to 16 bits would lose the step."""
+    found = {str(p.dtype).removeprefix("torch.") for p in model.parameters()}
+    if len(found) != 1 or not found <= _DTYPES.keys():
+        raise UserError(
+            f"model: its weights are held in {', '.join(sorted(found))}, expected float32 or float64 throughout: steps of a learning rate "
+            "are lost when weights are rounded to 16 bits. Convert it (model.float()), or load it with Policy.from_pretrained."
+        )
+
+
+def _set_padding_idx(model: Any, index: int | None) -> None:
+    """An adapter may have wrapped the table, or added a copy that it trains."""
+    for table in model.get_input_embeddings().modules():
+        if isinstance(table, nn.Embedding):
+            table.padding_idx = index
+
+
 def _declared_head(model: Any) -> tuple[float, float | None]:
     """(scale, soft cap) of the logits as the config says; `_check_head` compares them with what the model does."""
     config = model.config.get_text_config()
@@ -340,10 +380,13 @@ def _check_head(policy: Policy) -> list[int | None]:
         ramps.append(wide.reshape(output.shape))
         return ramps[-1]
 
+    bodies = [model.base_model, getattr(model.base_model, "decoder", None)]  # OPT calls the inner one
     handles = [
-        model.base_model.register_forward_hook(lambda _m, _i, output: hidden.append(output[0])),
-        model.get_output_embeddings().register_forward_hook(ramp),
+        m.register_forward_hook(lambda _m, _i, output: hidden.append(output[0]))
+        for m in bodies
+        if m is not None
     ]
+    handles.append(model.get_output_embeddings().register_forward_hook(ramp))
     try:
         with torch.no_grad(), attention.windows() as windows:
             logits = model(input_ids=ids, use_cache=False).logits

@@ -36,6 +36,7 @@ FAMILIES: dict[str, tuple[type, type, dict[str, Any]]] = {
     ),
     "gemma3": (hf.Gemma3TextConfig, hf.Gemma3ForCausalLM, _GEMMA | {"layer_types": _MIXED}),
     "gpt2": (hf.GPT2Config, hf.GPT2LMHeadModel, {"n_inner": 24, "resid_pdrop": 0.1, "attn_pdrop": 0.1}),
+    "opt": (hf.OPTConfig, hf.OPTForCausalLM, {"ffn_dim": 24, "word_embed_proj_dim": 12, "dropout": 0.1}),
     "mistral": (hf.MistralConfig, hf.MistralForCausalLM, {"sliding_window": 4}),
     "phi3": (hf.Phi3Config, hf.Phi3ForCausalLM, {"sliding_window": 4}),
     "olmo2": (hf.Olmo2Config, hf.Olmo2ForCausalLM, {}),

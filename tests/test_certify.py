@@ -147,3 +147,11 @@ def test_active_dropout_is_refused():
 
     with pytest.raises(CertificationError, match="dropout"):
         certify(_plant(Noisy(), "model.layers.0.mlp.act_fn"))
+
+
+def test_a_padding_token_that_was_never_trained_is_left_out():
+    """Its embedding is zero, where the norm that follows has a curvature of the order of 1/epsilon."""
+    model = tiny.llama(dtype=torch.float32)
+    with torch.no_grad():
+        model.get_input_embeddings().weight[0] = 0
+    certify(Policy.from_model(model))

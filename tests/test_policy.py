@@ -132,8 +132,8 @@ def test_bad_directions_and_options_are_named():
         Policy.from_model(tiny.llama(), temperature=0.0)
     with pytest.raises(UserError, match="16 bits"):
         Policy.from_pretrained("anywhere", dtype="bfloat16")
-    with pytest.raises(UserError, match="full parameters"):
-        Policy.from_pretrained("anywhere", parameters="lora")
+    with pytest.raises(UserError, match="no LoRA adapter"):
+        Policy.from_model(tiny.llama(), parameters="lora")
 
 
 def test_logits_changed_after_the_output_layer_are_refused():

@@ -114,9 +114,9 @@ class _OneLine(TrainerCallback):
 
 
 class RecordingGRPOTrainer(GRPOTrainer):
-    """GRPO that changes nothing and keeps the batch of optimizer step ``record_step`` (counted from 1)."""
+    """GRPO that changes nothing and keeps the batches of the optimizer steps ``record_steps`` (counted from 1)."""
 
-    def __init__(self, *args: Any, record_step: int, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, record_steps: set[int], **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         # TRL leaves these optional; here each of them is set.
         assert self.num_generations is not None and self.max_completion_length is not None
@@ -124,9 +124,9 @@ class RecordingGRPOTrainer(GRPOTrainer):
         self.group_size: int = self.num_generations
         self.longest: int = self.max_completion_length
         self.text: PreTrainedTokenizerBase = self.processing_class
-        self.record_step = record_step
-        self.record: dict[str, torch.Tensor] = {}
-        self.recorded_prompts: list[dict[str, Any]] = []
+        self.record_steps = record_steps
+        self.records: dict[int, dict[str, torch.Tensor]] = {}
+        self.recorded_prompts: dict[int, list[dict[str, Any]]] = {}
         self._last_scored: tuple[torch.Tensor, torch.Tensor | None] | None = None
         self._last_rewards: torch.Tensor | None = None
 
@@ -143,7 +143,7 @@ class RecordingGRPOTrainer(GRPOTrainer):
         # Travels through TRL's shuffle with the rows, and so says where each row came from.
         output["generation_row"] = torch.arange(len(inputs))
         output["rewards"] = self._last_rewards[:, 0].clone()
-        self.recorded_prompts = [dict(row) for row in inputs]
+        self.recorded_prompts[self.state.global_step + 1] = [dict(row) for row in inputs]
         return output
 
     def _get_per_token_logps_and_entropies(self, *args: Any, **kwargs: Any) -> Any:
@@ -155,9 +155,10 @@ class RecordingGRPOTrainer(GRPOTrainer):
         return result
 
     def _compute_loss(self, model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-        recording = model.training and self.state.global_step + 1 == self.record_step
+        step = self.state.global_step + 1
+        recording = model.training and step in self.record_steps
         if recording:
-            assert not self.record, "one batch per optimizer step"
+            assert step not in self.records, "one batch per optimizer step"
             kept = {name: inputs[name].detach().clone() for name in STEP_TENSORS}
             rows, group = inputs["generation_row"], self.group_size
             kept["rewards"] = inputs["rewards"].to(torch.float32).clone()
@@ -174,7 +175,7 @@ class RecordingGRPOTrainer(GRPOTrainer):
             kept["entropies"] = self._last_scored[1].masked_fill(mask == 0, 0.0)
             kept["token_weights"] = token_weights(self.loss_type, mask, self.longest)
             kept["loss"] = loss.detach().clone()
-            self.record = kept
+            self.records[step] = kept
         return loss
 
 
@@ -199,6 +200,8 @@ def train(
     seed: int = 0,
     gradient_checkpointing: bool = False,
     reward: Callable[..., list[float]] = exact_match,
+    peft_config: Any = None,
+    keep_all: bool = False,
 ) -> RecordingGRPOTrainer:
     """GRPO in float32 on the CPU; keeps checkpoints ``steps - 1`` and ``steps`` and the batch between them.
 
@@ -209,7 +212,7 @@ def train(
         model: float32, without dropout.  ``generation_config.eos_token_id`` decides where a response ends.
         tokenizer: with a pad token.
         rows: the training prompts: ``prompt_id``, ``prompt``, ``answer``.
-        output: directory to receive ``checkpoint-*`` and ``recorded/``.
+        output: directory to receive ``checkpoint-*`` and ``recorded/``, the batch of the last step.
         steps: optimizer steps, at least 2.
         prompts: prompts per step.
         group: completions per prompt, at least 2.
@@ -220,6 +223,9 @@ def train(
         seed: of sampling and of the prompts' order.
         gradient_checkpointing: recompute activations: a third more time, a fraction of the memory, the same numbers.
         reward: TRL reward function; sees the column ``answer``.
+        peft_config: train an adapter of this kind (a ``peft.LoraConfig``) instead of all parameters. An adapter does not say
+            where a response ends, so each checkpoint gets the model's ``generation_config.json`` beside it.
+        keep_all: keep every checkpoint, and the batch of every step k before the last as ``recorded-k/``.
 
     Returns:
         The trainer after its last step.
@@ -266,31 +272,37 @@ def train(
         args=config,
         train_dataset=Dataset.from_list(rows),
         processing_class=tokenizer,
-        callbacks=[_SaveSteps({steps - 1, steps}), _OneLine()],
-        record_step=steps,
+        callbacks=[_SaveSteps(set(range(1, steps + 1)) if keep_all else {steps - 1, steps}), _OneLine()],
+        record_steps=set(range(1, steps + 1)) if keep_all else {steps},
+        peft_config=peft_config,
     )
     trainer.remove_callback(PrinterCallback)
     trainer.train()
-    write_record(trainer, output / "recorded")
+    if peft_config is not None:
+        for checkpoint in output.glob("checkpoint-*"):
+            model.generation_config.save_pretrained(checkpoint)
+    for step in sorted(trainer.record_steps):
+        write_record(trainer, step, output / ("recorded" if step == steps else f"recorded-{step}"))
     return trainer
 
 
-def write_record(trainer: RecordingGRPOTrainer, directory: Path) -> None:
+def write_record(trainer: RecordingGRPOTrainer, step: int, directory: Path) -> None:
     """Write the recorded batch as ``batch.safetensors``, ``batch.json`` and ``rollouts_u.parquet`` (see the module).
 
     Args:
-        trainer: after the step it was to record.
+        trainer: after the steps it was to record.
+        step: which of them.
         directory: created if missing.
     """
     assert trainer.optimizer is not None
-    assert trainer.record, f"step {trainer.record_step} was never reached"
+    assert step in trainer.records, f"step {step} was never reached"
     directory.mkdir(parents=True, exist_ok=True)
-    record = {name: tensor.contiguous() for name, tensor in trainer.record.items() if name != "loss"}
+    record = {name: tensor.contiguous() for name, tensor in trainer.records[step].items() if name != "loss"}
     save_file(record, str(directory / "batch.safetensors"))
-    _write_rollouts(trainer, directory / "rollouts_u.parquet")
+    _write_rollouts(trainer, step, directory / "rollouts_u.parquet")
 
     args, lengths = trainer.args, record["completion_mask"].sum(1)
-    log = next(entry for entry in trainer.state.log_history if entry.get("step") == trainer.record_step)
+    log = next(entry for entry in trainer.state.log_history if entry.get("step") == step)
     groups = trainer.optimizer.param_groups
     n, total = len(lengths), int(lengths.sum())
     normaliser = {
@@ -301,15 +313,15 @@ def write_record(trainer: RecordingGRPOTrainer, directory: Path) -> None:
     }[trainer.loss_type]
     meta = {
         "format": 1,
-        "step": trainer.record_step,
-        "from_checkpoint": f"checkpoint-{trainer.record_step - 1}",
-        "to_checkpoint": f"checkpoint-{trainer.record_step}",
+        "step": step,
+        "from_checkpoint": f"checkpoint-{step - 1}",
+        "to_checkpoint": f"checkpoint-{step}",
         "loss": {
             "loss_type": trainer.loss_type,
             "formula": "loss = -sum_ik omega_ik A_i r_ik, r_ik = pi(t_ik) / stop_gradient(pi(t_ik)) (ratio 1)",
             "token_weight": TOKEN_WEIGHTS[trainer.loss_type],
             "normaliser": normaliser,
-            "value": float(trainer.record["loss"]),
+            "value": float(trainer.records[step]["loss"]),
             "kl_beta": trainer.beta,
             "num_iterations": trainer.num_iterations,
             "gradient_accumulation_steps": args.gradient_accumulation_steps,
@@ -361,13 +373,13 @@ def _mixed_groups(rewards: torch.Tensor, group_index: torch.Tensor) -> int:
     return sum(int(rewards[group_index == g].unique().numel() > 1) for g in group_index.unique())
 
 
-def _write_rollouts(trainer: RecordingGRPOTrainer, path: Path) -> None:
-    record, group, eos = trainer.record, trainer.group_size, set(trainer.eos_token_ids)
+def _write_rollouts(trainer: RecordingGRPOTrainer, step: int, path: Path) -> None:
+    record, group, eos = trainer.records[step], trainer.group_size, set(trainer.eos_token_ids)
     rows = []
     for i in range(len(record["rewards"])):
         prompt_mask, mask = record["prompt_mask"][i].bool(), record["completion_mask"][i].bool()
         g, s = int(record["group_index"][i]), int(record["sample_index"][i])
-        source = trainer.recorded_prompts[g * group + s]
+        source = trainer.recorded_prompts[step][g * group + s]
         ids = record["completion_ids"][i][mask].tolist()
         rows.append(
             {

@@ -45,12 +45,18 @@ def parser() -> argparse.ArgumentParser:
     add(
         what,
         "--ckpt",
-        "checkpoint directory of the Hugging Face Trainer or TRL: parameters and optimizer state",
+        "checkpoint directory of the Hugging Face Trainer or TRL, full or a LoRA adapter: parameters and optimizer state",
     )
     add(
         what,
         "--model",
-        "model directory or hub id, where the checkpoint brings no tokenizer, or instead of a checkpoint",
+        "model directory, .gguf or hub id: an adapter's base (default: the one it names), or instead of a checkpoint",
+    )
+    add(
+        what,
+        "--parameters",
+        "what is measured: all that were trained, lora, or a regular expression of names; the rest is held constant",
+        metavar="WHICH",
     )
     add(what, "--output", "directory for the report (default: entropy_report)")
 

@@ -24,8 +24,11 @@ class MeasureConfig:
     """The choices of one measurement; the command line has a flag of the same name for each.
 
     Attributes:
-        model: model directory or hub id, for a checkpoint that does not bring its own tokenizer, or to measure without a checkpoint.
-        ckpt: checkpoint directory: the parameters measured at, and the optimizer state. None with a model: `update` must be "sgd".
+        model: model directory, .gguf file or hub id: the base model where the checkpoint is an adapter (None: the one that its
+            adapter_config.json names), the tokenizer's where the checkpoint has none, or what to measure without a checkpoint.
+        ckpt: checkpoint directory, full or a PEFT LoRA adapter: the parameters measured at, and the optimizer state. None with a
+            model: `update` must be "sgd".
+        parameters: which parameters are measured: "all" that were trained, "lora", or a regular expression; the others are constants.
         dataset: data set of prompts, hub id or .json/.jsonl/.parquet file; dataset_config, dataset_split: which part of a hub data set.
         prompt_column, answer_column, chat_template, reward: how prompts are read and completions are judged.
         rollouts_u, rollouts_e: Parquet files to use instead of sampling the update batch U or the evaluation batch E.
@@ -46,6 +49,7 @@ class MeasureConfig:
 
     model: str | None = None
     ckpt: str | None = None
+    parameters: str = "all"
     dataset: str | None = None
     dataset_config: str | None = None
     dataset_split: str = "train"

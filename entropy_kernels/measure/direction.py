@@ -14,7 +14,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..checkpoints import StepInfo, load_optimizer_state
+from ..checkpoints import (
+    StepInfo,
+    adapter_parameters,
+    load_optimizer_state,
+    load_parameters,
+    optimizer_entries,
+)
 from ..checkpoints import learning_rate as stored_learning_rate
 from ..derivatives import token_gradient
 from ..errors import UserError
@@ -27,12 +33,36 @@ from .config import RULES, MeasureConfig
 
 
 def load_state(config: MeasureConfig, policy: Policy) -> tuple[OptimizerState, StepInfo | None]:
-    """The checkpoint's optimizer state; without a checkpoint an empty one, which only plain gradients accept."""
-    if config.ckpt is None or (config.update == "sgd" and config.learning_rate is not None):
-        return OptimizerState(
-            params=policy.params, slots={}, hyper={name: {} for name in policy.params}
-        ), None
-    return load_optimizer_state(config.ckpt, policy.model), stored_learning_rate(config.ckpt)
+    """The checkpoint's optimizer state for the measured parameters; an empty one for a rule that reads none.
+
+    Raises:
+        UserError: no or unfitting state where the rule needs it; an optimizer that trained more than is measured and clipped its
+            gradient, since that depends on the gradient of all it trained.
+    """
+    empty = OptimizerState(params=policy.params, slots={}, hyper={name: {} for name in policy.params})
+    if config.ckpt is None:
+        return empty, None
+    entries = optimizer_entries(config.ckpt)
+    if config.update == "sgd" or not replayed(config):
+        known = config.learning_rate is None and entries is not None
+        return empty, stored_learning_rate(config.ckpt) if known else None
+    trained = adapter_parameters(policy.model) or [name for name, _ in policy.model.named_parameters()]
+    part = policy.params.keys() < set(trained) and entries == len(trained)
+    if part and config.max_grad_norm > 0:
+        raise UserError(
+            f"parameters: {config.parameters!r} selects {len(policy.params)} of the {len(trained)} parameters that the checkpoint's "
+            "optimizer trained, and how far it clips the gradient depends on all of them. Pass --max-grad-norm 0 if the trainer does not "
+            "clip, --update next:CHECKPOINT for these parameters' share of the step that was taken, or measure all parameters."
+        )
+    state = load_optimizer_state(
+        config.ckpt, policy.model, trainable=trained if part else list(policy.params)
+    )
+    state = OptimizerState(
+        params=policy.params,
+        slots={name: state.slots[name] for name in policy.params},
+        hyper={name: state.hyper[name] for name in policy.params},
+    )
+    return state, stored_learning_rate(config.ckpt)
 
 
 def replayed(config: MeasureConfig) -> bool:
@@ -48,32 +78,20 @@ def read_direction(config: MeasureConfig, policy: Policy, eta: float) -> UpdateD
     """
     name = config.update.removeprefix("next:")
     taken = name != config.update
-    path = Path(name) / "model.safetensors" if taken else Path(name)
-    if not path.is_file():
-        raise UserError(
-            f"update: there is no file {path}; expected "
-            + (
-                "a checkpoint directory with model.safetensors."
-                if taken
-                else "a .safetensors file with one tensor per parameter."
-            )
-        )
-    from safetensors.torch import load_file
-
-    found = load_file(path)
+    found = load_parameters(name, policy.model, dtype=policy.dtype) if taken else _read_file(name)
     direction: Parameters = {}
     for key, p in policy.params.items():
         if key not in found:
             raise UserError(
-                f"update: {path} has no tensor {key!r}; expected one for each of the {len(policy.params)} parameters of the model. "
-                "Pass a file or checkpoint of this very model."
+                f"update: {name} has no tensor {key!r}; expected one for each of the {len(policy.params)} measured parameters. "
+                "Pass a file or checkpoint of this very model, and the same --parameters."
             )
         x = found[key].to(p.device, torch.float64)
         direction[key] = ((x - p.double()) / eta if taken and x.shape == p.shape else x).to(p.dtype)
     check_direction(policy, direction)
     if not any(bool(v.any()) for v in direction.values()):
         raise UserError(
-            f"update: {path} is no step at all: the parameters are the same. Pass the checkpoint after this one."
+            f"update: {name} is no step at all: the parameters are the same. Pass the checkpoint after this one."
         )
     return UpdateDirection(
         direction=direction,
@@ -83,6 +101,20 @@ def read_direction(config: MeasureConfig, policy: Policy, eta: float) -> UpdateD
         clip=math.nan,
         gradient_norm=math.nan,
     )
+
+
+def _read_file(name: str) -> Parameters:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    if not Path(name).is_file():
+        raise UserError(
+            f"update: there is no file {name}; expected a .safetensors file with one tensor per parameter."
+        )
+    try:
+        return load_file(name)
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"update: {name} cannot be read as safetensors: {error}.") from error
 
 
 def get_update(

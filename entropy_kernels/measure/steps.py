@@ -28,6 +28,7 @@ from ..rl.advantages import degenerate_groups
 from ..rl.rollouts import Rollouts
 from ..rl.sampling import sample_rollouts
 from ..rl.tasks import load_prompts, resolve_reward, split_prompts
+from ..selection import count_parameters
 from .along import Along, bar, logprob_mismatch
 from .config import MeasureConfig
 from .direction import describe_update, get_update, load_state, read_direction, replayed
@@ -92,6 +93,7 @@ def measure_step(config: MeasureConfig, *, directory: str | None = None, progres
         "config": {**config.to_json(), "learning_rate": eta_checkpoint, "etas": list(etas)},
         "environment": surroundings,
         "certify": certificate.to_json(),
+        "parameters": count_parameters(policy.model, policy.params),
         "definitions": definitions(config),
         "rollouts": {**({} if U is None else {"u": describe(U)}), "e": describe(E)},
         "update": about_update,
@@ -106,6 +108,7 @@ def load_policy(config: MeasureConfig) -> Policy:
     return Policy.from_pretrained(
         config.source,
         temperature=config.temperature,
+        parameters=config.parameters,
         dtype=config.precision,
         device=config.device,
         micro_batch_tokens=config.micro_batch_tokens,
@@ -126,7 +129,9 @@ def choose_etas(config: MeasureConfig, info: StepInfo | None) -> tuple[float, tu
     elif config.etas:
         eta = config.etas[-1]
     else:
-        raise UserError("learning_rate: without a checkpoint there is none; pass --learning-rate or --etas.")
+        raise UserError(
+            "learning_rate: there is none without an optimizer state; pass --learning-rate or --etas."
+        )
     if config.etas:
         return eta, tuple(sorted(set(config.etas)))
     low, high = min(1e-8, eta / 10), 10 * eta
