@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from dataclasses import replace
 
+import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 import trained
 
-from entropy_kernels.checkpoints import load_parameters
+from entropy_kernels.checkpoints import load_model, load_optimizer_state, load_parameters
 from entropy_kernels.derivatives import token_tangents
+from entropy_kernels.errors import UserError
+from entropy_kernels.measure import steps
 from entropy_kernels.measure.config import MeasureConfig
-from entropy_kernels.measure.direction import get_update, load_state
+from entropy_kernels.measure.direction import get_update, load_state, read_direction
 from entropy_kernels.measure.steps import batch_of, load_policy, measure_step
+from entropy_kernels.policy import TokenBatch
 from entropy_kernels.rl.rollouts import Rollouts
+from entropy_kernels.stats import Estimate
 
 KINDS = {
     "qwen2": dict(family="qwen2"),
@@ -121,6 +129,168 @@ def test_the_step_taken_and_its_replay_change_entropy_alike(runs, kind, tmp_path
     found = replay.report["parameters"]
     assert (found["numbers"] < found["numbers_in_model"]) == ("lora" in kind)
     assert replay.report["config"]["parameters"] == "all"
+
+
+@pytest.fixture
+def sharded(runs, tmp_path):
+    """The qwen2 run once more: model/ in shards, optimizer.pt numbered in another order and its names; and the next model in shards."""
+    run = runs("qwen2")
+    for step in (2, 3):
+        model, tokenizer = load_model(run / f"checkpoint-{step}")
+        model.save_pretrained(tmp_path / str(step) / "model", max_shard_size="10KB")
+        tokenizer.save_pretrained(tmp_path / str(step) / "model")
+        assert (tmp_path / str(step) / "model" / "model.safetensors.index.json").is_file()
+    state = load_optimizer_state(run / "checkpoint-2", load_model(run / "checkpoint-2")[0])
+    names = sorted(state.params)
+    groups = [
+        [i for i, n in enumerate(names) if (state.hyper[n]["weight_decay"] > 0) == decayed]
+        for decayed in (False, True)
+    ]
+    saved = {
+        "state": {i: state.slots[name] for i, name in enumerate(names)},
+        "param_groups": [{**state.hyper[names[group[0]]], "params": group} for group in groups],
+    }
+    torch.save(saved, tmp_path / "2" / "optimizer.pt")
+    (tmp_path / "2" / "optimizer_param_names.json").write_text(json.dumps(names))
+    return tmp_path
+
+
+def test_shards_and_a_list_of_names_lead_to_the_same_direction(runs, sharded):
+    run = runs("qwen2")
+    config, other = config_of(run), config_of(run, ckpt=str(sharded / "2"))
+    (policy, want, rate), (_, got, other_rate) = replayed(config), replayed(other)
+    assert rate == other_rate and all(torch.equal(got[name], want[name]) for name in want)
+    assert missed(other, sharded / "3")[0] < 1e-6
+    taken = [
+        read_direction(replace(c, update=f"next:{after}", rollouts_u=None), policy, rate).direction
+        for c, after in ((config, run / "checkpoint-3"), (other, sharded / "3"))
+    ]
+    assert all(torch.equal(taken[0][name], taken[1][name]) for name in want)
+
+
+def test_a_part_of_what_the_optimizer_trained(runs):
+    """Clipping depends on all parameters, so the part of a clipped step cannot be had from a part of the gradient."""
+    run = runs("qwen2")
+    part = config_of(run, parameters=r"layers\.1\.", max_grad_norm=0.0)
+    with pytest.raises(UserError, match="selects 12 of the 26 .*--max-grad-norm 0"):
+        replayed(replace(part, max_grad_norm=1.0))
+    _, whole, _ = replayed(replace(part, parameters="all"))
+    _, found, _ = replayed(part)
+    assert 0 < len(found) < len(whole)
+    for name, v in found.items():
+        torch.testing.assert_close(v, whole[name], rtol=1e-4, atol=1e-4 * float(whole[name].abs().max()))
+    policy = load_policy(part)
+    taken = read_direction(
+        replace(part, update=f"next:{run / 'checkpoint-3'}", rollouts_u=None), policy, 1e-3
+    )
+    assert taken.direction.keys() == found.keys()
+
+
+def test_no_optimizer_state_means_sgd_and_must_be_said(runs, tmp_path):
+    run = runs("qwen2")
+    ckpt = shutil.copytree(run / "checkpoint-2", tmp_path / "ckpt")
+    (ckpt / "optimizer.pt").unlink()
+    config = config_of(run, ckpt=str(ckpt), second_order=False, truth="direct")
+    with pytest.raises(UserError, match="pass --update sgd --learning-rate"):
+        measure_step(config, progress=False)
+    plain = replace(config, update="sgd")
+    with pytest.raises(UserError, match="pass --learning-rate or --etas"):
+        measure_step(plain, progress=False)
+    result = measure_step(replace(plain, learning_rate=1e-3, max_grad_norm=0.0), progress=False)
+    assert result.report["update"]["norm"] == pytest.approx(
+        result.report["update"]["gradient_norm"], rel=1e-5
+    )
+    of_model = replace(plain, ckpt=None, model=str(ckpt), etas=(1e-3,))
+    assert measure_step(of_model, progress=False).report["update"]["rule"] == "sgd"
+
+
+@pytest.mark.parametrize(
+    ("ckpt", "after", "message"),
+    [
+        ("qwen2", "qwen2 lora", "is a PEFT adapter, the checkpoint is not"),
+        ("qwen2 lora", "qwen2", "is a full model, the checkpoint is not"),
+        ("qwen2 lora", "gpt2 lora", "does not fit"),
+        ("qwen2", "qwen3", "missing|has no tensor"),
+    ],
+)
+def test_the_next_checkpoint_of_another_run_is_refused(runs, ckpt, after, message):
+    config = config_of(runs(ckpt), update=f"next:{runs(after) / 'checkpoint-3'}", rollouts_u=None)
+    with pytest.raises(UserError, match=message):
+        read_direction(config, load_policy(config), 1e-3)
+
+
+def test_an_optimizer_state_of_another_kind_is_refused(runs, tmp_path):
+    """An adapter's state beside a full model, and a full model's where only a part is measured by another pattern."""
+    ckpt = shutil.copytree(runs("qwen2") / "checkpoint-2", tmp_path / "ckpt")
+    shutil.copyfile(runs("qwen2 lora") / "checkpoint-2" / "optimizer.pt", ckpt / "optimizer.pt")
+    with pytest.raises(UserError, match="parameter groups of sizes"):
+        replayed(config_of(runs("qwen2"), ckpt=str(ckpt)))
+    with pytest.raises(UserError, match="parameter groups of sizes"):
+        replayed(config_of(runs("llama, one layer's mlp"), parameters=r"layers\.0\.mlp|norm"))
+
+
+def shuffled(rollouts, seed):
+    """The same completions in another order of prompts, and of completions within a prompt."""
+    generator = np.random.default_rng(seed)
+    groups = generator.permutation(np.unique(rollouts.group_index))
+    rows = np.concatenate(
+        [generator.permutation(np.flatnonzero(np.asarray(rollouts.group_index) == g)) for g in groups]
+    )
+    return rollouts.to_table().take(rows)
+
+
+@pytest.mark.parametrize("kind", ["qwen2", "gpt2 lora"])
+def test_numbers_do_not_depend_on_padding_micro_batches_or_order(runs, kind, tmp_path, monkeypatch):
+    config = config_of(runs(kind), precision="float64", etas=(1e-5, 1e-3))
+    want = numbers(measure_step(config, progress=False).report)
+
+    path = tmp_path / "shuffled.parquet"
+    pq.write_table(shuffled(Rollouts.load(config.rollouts_u), 1), path)
+    narrow = replace(config, micro_batch_tokens=20)
+    order = replace(config, rollouts_u=str(path), rollouts_e=str(path))
+    for other in (narrow, order):
+        compare(numbers(measure_step(other, progress=False).report), want)
+    monkeypatch.setattr(steps, "batch_of", padded_left)
+    compare(numbers(measure_step(config, progress=False).report), want)
+
+
+def padded_left(rollouts):
+    """Every sequence at the end of its row, behind two columns of padding that no sequence reaches."""
+    right = batch_of(rollouts)
+    n, width = right.input_ids.shape
+    rolled = {name: torch.zeros(n, width + 2, dtype=getattr(right, name).dtype) for name in right._fields[:3]}
+    for i in range(n):
+        columns = right.attention_mask[i].bool().nonzero().flatten()
+        for name, grid in rolled.items():
+            grid[i, width + 2 - len(columns) :] = getattr(right, name)[i, columns]
+    return TokenBatch(**rolled, prompt_index=right.prompt_index)
+
+
+def numbers(report):
+    """Every number of the report that is found on the samples, by its path."""
+    found = {}
+
+    def walk(item, path):
+        if isinstance(item, Estimate):
+            walk({"value": item.value, "stderr": item.stderr}, path)
+        elif isinstance(item, dict):
+            for key, value in item.items():
+                walk(value, f"{path}.{key}")
+        elif isinstance(item, list | tuple):
+            for i, value in enumerate(item):
+                walk(value, f"{path}[{i}]")
+        elif isinstance(item, float):
+            found[path] = item
+
+    for section in ("entropy", "update", "changes", "derivatives", "sanity", "nodes"):
+        walk(report.get(section, {}), section)
+    return found
+
+
+def compare(got, want):
+    assert got.keys() == want.keys() and len(want) > 40
+    for path, x in want.items():
+        assert got[path] == pytest.approx(x, rel=1e-6, abs=1e-12, nan_ok=True), path
 
 
 def parameters_of(kind):

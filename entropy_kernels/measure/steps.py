@@ -93,7 +93,10 @@ def measure_step(config: MeasureConfig, *, directory: str | None = None, progres
         "config": {**config.to_json(), "learning_rate": eta_checkpoint, "etas": list(etas)},
         "environment": surroundings,
         "certify": certificate.to_json(),
-        "parameters": count_parameters(policy.model, policy.params),
+        "parameters": {
+            "selected": config.parameters,
+            **count_parameters(policy.model, policy.params),
+        },
         "definitions": definitions(config),
         "rollouts": {**({} if U is None else {"u": describe(U)}), "e": describe(E)},
         "update": about_update,

@@ -18,7 +18,7 @@ def summarize(report: Mapping[str, Any]) -> str:
     """Headline, the state before the step, the sweep over η, and what the checks say."""
     sentences = (reading.headline(report), reading.prediction(report), reading.eta_star(report))
     lines = [*filter(None, sentences), ""]
-    lines += _table(_state(report), align="<<<")
+    lines += _table(_state(report), align="<<<") + _part_measured(report)
     lines += [""] + _sweep(report) + _verdicts(report)
     return "\n".join(line.rstrip() for line in lines)
 
@@ -38,6 +38,17 @@ def _state(report: Mapping[str, Any]) -> list[tuple[str, str, str]]:
         (name, estimate(item), f"{in_words(item.unit)}{f'   ({note})' if note else ''}")
         for name, item, note in rows
         if isinstance(item, Estimate)
+    ]
+
+
+def _part_measured(report: Mapping[str, Any]) -> list[str]:
+    """A line where some parameters of the model are held constant."""
+    found = report.get("parameters", {})
+    measured, whole = found.get("numbers", 0), found.get("numbers_in_model", 0)
+    if measured == whole:
+        return []
+    return [
+        f"parameters measured: {measured:,} of {whole:,} ({found['selected']}); the others are held constant"
     ]
 
 
