@@ -65,9 +65,13 @@ def test_float32_derivatives_are_close_to_float64():
     double, single = tiny.policy(), tiny.policy(dtype=torch.float32)
     want = token_curvature(double, batch, tiny.direction(double))
     got = token_curvature(single, batch, tiny.direction(single))
-    for a, b in zip(got, want, strict=True):
-        assert a.dtype == torch.float32
-        assert (a - b).abs().max() < 1e-4 * b.abs().max()
+    # Fields of one order are held against the largest of that order: d²logprob, say, is what remains of terms as large as
+    # d²entropy, and carries their rounding.
+    for order in (("entropy", "logprob"), ("d_entropy", "d_logprob"), ("d2_entropy", "d2_logprob")):
+        largest = max(getattr(want, name).abs().max() for name in order)
+        for name in order:
+            assert getattr(got, name).dtype == torch.float32
+            assert (getattr(got, name) - getattr(want, name)).abs().max() < 1e-5 * largest
 
 
 def test_gradient_is_the_transpose_of_the_tangents():
