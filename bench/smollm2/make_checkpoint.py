@@ -5,7 +5,7 @@
 
 ``--output`` receives ``checkpoint-<N-1>``, ``checkpoint-<N>`` (each with its AdamW state) and ``recorded/``, the
 batch that leads from the first to the second (its layout: ``entropy_kernels/demo/grpo.py``).  With ``--lora`` an adapter of
-rank 8 on every attention and MLP projection is trained instead, 12 steps, and every checkpoint is kept (60 MB each):
+rank 8 on every attention and MLP projection is trained instead, 12 steps, and every checkpoint is kept (about 30 MB each):
 
     python bench/smollm2/make_checkpoint.py --model smollm2/model --output smollm2/lora --lora
 
@@ -53,12 +53,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--prompts", type=int, default=8, help="prompts per step")
     parser.add_argument("--group", type=int, default=8, help="completions per prompt")
     parser.add_argument("--loss-type", choices=sorted(TOKEN_WEIGHTS), default="dapo")
-    parser.add_argument("--lr", type=float, help="constant learning rate (default: 2e-5, with --lora 2e-4)")
+    parser.add_argument("--lr", type=float, help="constant learning rate (default: 2e-5, with --lora 1e-4)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--small", action="store_true", help="2 steps of 4 prompts x 4 completions")
     args = parser.parse_args(argv)
     args.steps = args.steps or (12 if args.lora else 4)
-    args.lr = args.lr or (2e-4 if args.lora else 2e-5)
+    args.lr = args.lr or (1e-4 if args.lora else 2e-5)
     if args.small:
         args.steps, args.prompts, args.group = 2, 4, 4
     if (args.output / "recorded" / "batch.json").is_file():

@@ -10,6 +10,8 @@
    <output>/figures.json. The exit status is 1 if a check fails.
 
 --small is for continuous integration: 2 steps of 4 × 4, 8 held-out prompts of up to 16 tokens.
+--lora does the same with 12 steps of a LoRA adapter, whose checkpoints are all kept in <output>/lora, on 16 held-out sums, and
+compares the replayed step's ΔH with that of `--update next:`; figures go to <output>/figures_lora.json.
 """
 
 from __future__ import annotations
@@ -33,6 +35,8 @@ HERE = Path(__file__).resolve().parent
 ETAS = (1e-9, 1e-8, 1e-7, 3e-7, 1e-6, 3e-6, 1e-5, 2e-5, 4e-5)
 GSM8K_ETAS = (1e-9, 1e-7, 1e-6, 2e-5)
 SMALL_ETAS = (1e-9, 1e-8, 1e-6, 2e-5)
+LORA_RATE = 1e-4
+LORA_ETAS = (1e-8, 1e-7, 1e-6, 1e-5, LORA_RATE)
 
 
 def script(name: str, *arguments: object) -> None:
@@ -58,14 +62,17 @@ def measure(output: Path, *arguments: object) -> Result:
 def direction_against_step(update: Path, before: Path, after: Path) -> tuple[float, float]:
     """(1 − cosine, ‖θ_next − θ‖/‖v‖) of the update direction and the step that TRL took, in float64."""
     products = np.zeros(3)
+    adapter = (before / "adapter_model.safetensors").is_file()
+    weights = "adapter_model.safetensors" if adapter else "model.safetensors"
     with (
         safe_open(update, "pt") as v_file,
-        safe_open(before / "model.safetensors", "pt") as old,
-        safe_open(after / "model.safetensors", "pt") as new,
+        safe_open(before / weights, "pt") as old,
+        safe_open(after / weights, "pt") as new,
     ):
         for name in v_file.keys():  # noqa: SIM118 - a file, not a dictionary
+            key = f"base_model.model.{name.replace('.default.', '.')}" if adapter else name
             v = v_file.get_tensor(name).double()
-            step = new.get_tensor(name).double() - old.get_tensor(name).double()
+            step = new.get_tensor(key).double() - old.get_tensor(key).double()
             products += [float(torch.sum(a * b)) for a, b in ((v, step), (v, v), (step, step))]
     dot, vv, ss = products
     return 1 - dot / math.sqrt(vv * ss), math.sqrt(ss / vv)
@@ -93,14 +100,74 @@ def truth_checks(result: Result) -> dict[str, Any]:
     return {"noise_floor": floor, "compared": compared, "decades": widest, "slope": float(slope)}
 
 
+def lora(output: Path) -> int:
+    """The adapter: the step rebuilt, its ΔH replayed and as it was taken, the integrated truth's slope."""
+    model, run, sums = output / "model", output / "lora", output / "sums.jsonl"
+    script("convert.py", "--output", model)
+    script("make_checkpoint.py", "--model", model, "--output", run, "--lora", "--lr", LORA_RATE)
+    script("prompts.py", "--output", sums)
+    last = max(int(path.name.rpartition("-")[2]) for path in run.glob("checkpoint-*"))
+    before, after = run / f"checkpoint-{last - 1}", run / f"checkpoint-{last}"
+    replay, taken = output / "report_lora", output / "report_lora_next"
+    sizes = ["--prompts-e", 16, "--max-new-tokens", 8, "--sample-batch", 16]
+    common = [
+        "--ckpt",
+        before,
+        "--model",
+        model,
+        "--dataset",
+        sums,
+        "--no-second-order",
+        "--etas",
+        *LORA_ETAS,
+    ]
+    result = measure(replay, *common, *sizes, "--rollouts-u", run / "recorded" / "rollouts_u.parquet")
+    print(result.summary())
+    other = measure(
+        taken, *common, "--rollouts-e", replay / "rollouts_e.parquet", "--update", f"next:{after}"
+    )
+    missed, length = direction_against_step(replay / "update.safetensors", before, after)
+    apart = {
+        row["eta"]: abs(there["true_integrated"].value / row["true_integrated"].value - 1)
+        for row, there in zip(result.report["changes"], other.report["changes"], strict=True)
+    }
+    figures = {
+        "environment": result.report["environment"],
+        "parameters": result.report["parameters"],
+        "direction": {"one_minus_cosine": missed, "length_over_lr": length / LORA_RATE},
+        "truth": truth_checks(result),
+        "next_against_replay": apart,
+        "seconds": {"replay": result.report["timings"], "next": other.report["timings"]},
+    }
+    (output / "figures_lora.json").write_text(json.dumps(figures, indent=1) + "\n")
+    print(json.dumps(figures, indent=1))
+    return verdict(
+        {
+            "direction: 1 − cosine < 1e-6": missed < 1e-6,
+            "integrated slope 1.00 ± 0.01": abs(figures["truth"]["slope"] - 1) <= 0.01,
+            "ΔH of next: and of the replay within 1e-3": max(apart.values()) <= 1e-3,
+        }
+    )
+
+
+def verdict(checks: dict[str, bool]) -> int:
+    """Print every check; 1 if one fails."""
+    for what, good in checks.items():
+        print(f"{'ok  ' if good else 'FAIL'} {what}")
+    return 0 if all(checks.values()) else 1
+
+
 def main(argv: list[str] | None = None) -> int:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--gsm8k", type=Path, help="a .jsonl file with columns question and answer")
     parser.add_argument("--small", action="store_true")
+    parser.add_argument("--lora", action="store_true")
     parser.add_argument("--steps", type=int, default=4)
     args = parser.parse_args(argv)
+    if args.lora:
+        return lora(args.output)
     start = time.perf_counter()
     model, run, sums = args.output / "model", args.output / "ckpt", args.output / "sums.jsonl"
     script("convert.py", "--output", model)
@@ -147,9 +214,7 @@ def main(argv: list[str] | None = None) -> int:
             verdicts[f"{name}: integrated slope 1.00 ± 0.01"] = abs(found["slope"] - 1) <= 0.01
             if not args.small:
                 verdicts[f"{name}: at most 3 floors apart over a decade"] = found["decades"] > 0.999
-    for what, good in verdicts.items():
-        print(f"{'ok  ' if good else 'FAIL'} {what}")
-    return 0 if all(verdicts.values()) else 1
+    return verdict(verdicts)
 
 
 if __name__ == "__main__":
