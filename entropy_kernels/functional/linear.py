@@ -25,7 +25,7 @@ _Shared = tuple[Tensor, Tensor, float | None, int]  # targets, temperature, soft
 
 def _point(head: tuple[Tensor, Tensor, Tensor | None], shared: _Shared) -> Point:
     y, tau, softcap, workspace = shared
-    return Point(Head(*head), y, tau, softcap, workspace, row_functions(head[0]))
+    return Point(Head(*head), y, tau, softcap, workspace, row_functions(head[0].device))
 
 
 def _one_by_one(function: type[Function], info: Any, in_dims: Any, inputs: Any) -> Any:

@@ -14,6 +14,8 @@ Function that has a rule of its own. The numbers come from `ops`, from the file 
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -21,6 +23,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
+from entropy_kernels.errors import UserError
 from entropy_kernels.ops import cpu, reference
 
 from .arguments import flat_targets, flat_temperature, refuse_compiling, vocabulary_size
@@ -34,9 +37,48 @@ class EntropyLogprob(NamedTuple):
     logsumexp: Tensor
 
 
-def row_functions(z: Tensor) -> ModuleType:
-    """The row functions for the device of z."""
-    return cpu if z.device.type == "cpu" else reference
+_chosen: list[ModuleType] = []
+
+
+@contextlib.contextmanager
+def rows_from(ops: ModuleType) -> Iterator[None]:
+    """Inside, rows on every device are computed by `ops` (ops.rows, ops.cpu or ops.reference): for checks and comparisons.
+
+    Nothing else is tried where that file cannot: Triton on CPU tensors, for one, needs its interpreter and raises without.
+    """
+    _chosen.append(ops)
+    try:
+        yield
+    finally:
+        _chosen.pop()
+
+
+def row_functions(device: torch.device) -> ModuleType:
+    """The row functions for a device: C++ on the CPU, Triton on the GPU (CUDA or ROCm), plain torch elsewhere.
+
+    Raises:
+        UserError: a GPU, and no Triton.
+    """
+    if _chosen:
+        return _chosen[-1]
+    if device.type == "cpu":
+        return cpu
+    if device.type != "cuda":
+        return reference
+    try:
+        from entropy_kernels.ops import rows
+    except ImportError as error:
+        raise UserError(
+            f"device: rows on {device} are computed in Triton, which does not import here ({error}). Install triton (triton-windows on "
+            "Windows), or move the logits to the CPU."
+        ) from error
+    return rows
+
+
+def backend(device: torch.device) -> str:
+    """What computes rows on that device, in words for a report."""
+    ops = row_functions(device)
+    return "plain torch" if ops is reference else ops.backend()
 
 
 def _over_rows(function: type[Function], in_dims: tuple[int | None, ...], inputs: tuple[Tensor, ...]) -> Any:
@@ -72,21 +114,27 @@ class _Values(Function):
 
     @staticmethod
     def forward(z: Tensor, y: Tensor, tau: Tensor) -> tuple[Tensor, ...]:
-        return tuple(row_functions(z).row_values(z, y, tau))
+        ops = row_functions(z.device)
+        if hasattr(ops, "row_values_and_state"):  # spares the gradient one of its two reads
+            values, state = ops.row_values_and_state(z, y, tau)
+        else:
+            values, state = ops.row_values(z, y, tau), z.new_empty(len(z), 0)
+        return (*values, state)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        _keep(ctx, *inputs)
+        ctx.mark_non_differentiable(output[3])
+        _keep(ctx, *inputs, output[3])
 
     @staticmethod
     def jvp(ctx: Any, dz: Tensor, *_: Any) -> Any:
-        z, y, tau = ctx.saved_tensors
-        return _Tangents.apply(z, dz, y, tau)
+        z, y, tau, _ = ctx.saved_tensors
+        return (*_Tangents.apply(z, dz, y, tau), None)
 
     @staticmethod
-    def backward(ctx: Any, q: Tensor, g: Tensor, l: Tensor) -> Any:  # noqa: E741
-        z, y, tau = ctx.saved_tensors
-        return _Cotangents.apply(z, y, tau, q, g, l), None, None
+    def backward(ctx: Any, q: Tensor, g: Tensor, l: Tensor, _: Any) -> Any:  # noqa: E741
+        z, y, tau, state = ctx.saved_tensors
+        return _Cotangents.apply(z, y, tau, state, q, g, l), None, None
 
 
 class _Tangents(Function):
@@ -96,7 +144,7 @@ class _Tangents(Function):
 
     @staticmethod
     def forward(z: Tensor, dz: Tensor, y: Tensor, tau: Tensor) -> tuple[Tensor, ...]:
-        return tuple(row_functions(z).row_tangents(z, dz, y, tau))
+        return tuple(row_functions(z.device).row_tangents(z, dz, y, tau))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -121,7 +169,7 @@ class _Tangents(Function):
             zero = torch.zeros_like(q)
             grad_z = _CotangentTangents.apply(z, dz, y, tau, q, g, l, zero, zero, zero)
         if ctx.needs_input_grad[1]:
-            grad_dz = _Cotangents.apply(z, y, tau, q, g, l)
+            grad_dz = _Cotangents.apply(z, y, tau, z.new_empty(len(z), 0), q, g, l)
         return grad_z, grad_dz, None, None
 
 
@@ -131,30 +179,41 @@ class _Cotangents(Function):
         return _over_rows(_Cotangents, in_dims, inputs)
 
     @staticmethod
-    def forward(z: Tensor, y: Tensor, tau: Tensor, q: Tensor, g: Tensor, l: Tensor) -> Tensor:  # noqa: E741
-        return row_functions(z).row_cotangents(z, y, tau, q, g, l)
+    def forward(
+        z: Tensor,
+        y: Tensor,
+        tau: Tensor,
+        state: Tensor,  # of the values at z, or nothing: [R, 0]
+        q: Tensor,
+        g: Tensor,
+        l: Tensor,  # noqa: E741
+    ) -> Tensor:
+        ops = row_functions(z.device)
+        if state.shape[1] and hasattr(ops, "row_values_and_state"):
+            return ops.row_cotangents(z, y, tau, q, g, l, state=state)
+        return ops.row_cotangents(z, y, tau, q, g, l)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         _keep(ctx, *inputs)
 
     @staticmethod
-    def jvp(ctx: Any, dz: Any, _y: Any, _tau: Any, dq: Any, dg: Any, dl: Any) -> Any:
-        z, y, tau, q, g, l = ctx.saved_tensors  # noqa: E741
+    def jvp(ctx: Any, dz: Any, _y: Any, _tau: Any, _state: Any, dq: Any, dg: Any, dl: Any) -> Any:
+        z, y, tau, _, q, g, l = ctx.saved_tensors  # noqa: E741
         dz = torch.zeros_like(z) if dz is None else dz
         dq, dg, dl = (torch.zeros_like(q) if t is None else t for t in (dq, dg, dl))
         return _CotangentTangents.apply(z, dz, y, tau, q, g, l, dq, dg, dl)
 
     @staticmethod
     def backward(ctx: Any, u: Tensor) -> Any:
-        z, y, tau, q, g, l = ctx.saved_tensors  # noqa: E741
+        z, y, tau, _, q, g, l = ctx.saved_tensors  # noqa: E741
         grad_z, weights = None, (None, None, None)
         if ctx.needs_input_grad[0]:
             zero = torch.zeros_like(q)
             grad_z = _CotangentTangents.apply(z, u, y, tau, q, g, l, zero, zero, zero)
-        if any(ctx.needs_input_grad[3:]):
+        if any(ctx.needs_input_grad[4:]):
             weights = _Tangents.apply(z, u, y, tau)
-        return grad_z, None, None, *weights
+        return grad_z, None, None, None, *weights
 
 
 class _CotangentTangents(Function):
@@ -175,7 +234,7 @@ class _CotangentTangents(Function):
         dg: Tensor,
         dl: Tensor,
     ) -> Tensor:
-        return row_functions(z).row_cotangent_tangents(z, dz, y, tau, (q, g, l), (dq, dg, dl))
+        return row_functions(z.device).row_cotangent_tangents(z, dz, y, tau, (q, g, l), (dq, dg, dl))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -192,7 +251,7 @@ class _Second(Function):
 
     @staticmethod
     def forward(z: Tensor, du: Tensor, dz: Tensor, y: Tensor, tau: Tensor) -> tuple[Tensor, ...]:
-        return tuple(row_functions(z).row_second_tangents(z, du, dz, y, tau))
+        return tuple(row_functions(z.device).row_second_tangents(z, du, dz, y, tau))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -238,7 +297,7 @@ def entropy_logprob(
     shape, size = logits.shape[:-1], vocabulary_size(name, logits.shape[-1], vocab_size)
     y = flat_targets(name, targets, shape, size, ignore_index, logits.device)
     tau = flat_temperature(name, temperature, logits, shape)
-    entropy, logprob, logsumexp = _Values.apply(logits[..., :size].reshape(-1, size), y, tau)
+    entropy, logprob, logsumexp, _ = _Values.apply(logits[..., :size].reshape(-1, size), y, tau)
     return EntropyLogprob(
         entropy.reshape(shape), None if targets is None else logprob.reshape(shape), logsumexp.reshape(shape)
     )

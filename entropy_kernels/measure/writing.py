@@ -14,7 +14,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from ..ops import cpu
+from ..functional.rows import backend
 from ..policy import Parameters, Policy, TokenBatch
 
 _PACKAGES = ("entropy_kernels", "torch", "transformers", "numpy", "scipy", "triton")
@@ -59,7 +59,7 @@ def environment(policy: Policy) -> dict[str, Any]:
         else f"CPU ({torch.get_num_threads()} threads)",
         "dtype": str(policy.dtype).removeprefix("torch."),
         "backends": {
-            "rows": cpu.backend() if device.type == "cpu" else "plain torch",
+            "rows": backend(device),
             "attention": "plain torch",
             "tf32": False,
         },

@@ -1,0 +1,193 @@
+"""The functions of `reference` in Triton, for tensors on the GPU.
+
+Same signatures, same results within rounding. Values, tangents and second tangents read their inputs once. A gradient reads and
+writes once where the state of the values is handed in, and reads once more to find it where it is not; the tangent of a gradient
+needs moments of ż first and always reads twice. How a row is cut depends on its width and dtype alone and tiles are merged in a
+fixed order: a row gives the same bits alone, in any batch, and every time.
+
+Sums are kept in float32 (float64 for float64 logits, or with `precise`), tiles merged and rows finished in float64. Rows may have any
+stride; offsets are 64-bit. On the CPU these functions run only in Triton's interpreter, which checks them without a GPU.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from entropy_kernels.errors import UserError
+
+from . import row_kernels
+from .reference import RowValues, compute_dtype
+
+
+def tile_width(V: int, dtype: torch.dtype, tangents: int = 0) -> int:
+    """How many columns of a row make a tile, for arithmetic in `dtype`: a function of the row's width and of what is summed.
+
+    With `warps`: 32 columns a thread, 16 where two tangents or float64 need the registers.
+    """
+    largest = 4096 if dtype == torch.float64 or tangents == 2 else 8192
+    return min(largest, max(256, triton.next_power_of_2(V)))
+
+
+def written_width(V: int, dtype: torch.dtype) -> int:
+    """The same where every column stands for itself: 16 a thread (8 in float64), so that more programs are under way."""
+    return min(2048 if dtype == torch.float64 else 4096, max(256, triton.next_power_of_2(V)))
+
+
+def warps(width: int) -> int:
+    """8 for a full tile, fewer for narrow rows."""
+    return max(1, min(8, width // 512))
+
+
+def backend() -> str:
+    """What computes rows here: "triton VERSION", or "triton VERSION interpreter"."""
+    return f"triton {triton.__version__}" + (" interpreter" if _interpreted() else "")
+
+
+def _interpreted() -> bool:
+    return not isinstance(row_kernels.tile_moments, triton.JITFunction)
+
+
+def _device(z: Tensor) -> contextlib.AbstractContextManager[Any]:
+    """The device of z made current, which is where Triton launches."""
+    if z.device.type != "cuda" and not _interpreted():
+        raise UserError(
+            f"logits: got a tensor on {z.device}, expected one on a GPU for the Triton rows. Move it there, leave the choice to the "
+            "device (entropy_kernels.ops.cpu serves the CPU), or, to check the kernels without a GPU, set TRITON_INTERPRET=1 before "
+            "Triton is imported."
+        )
+    return torch.cuda.device_of(z) if z.device.type == "cuda" else contextlib.nullcontext()
+
+
+def _dtype(z: Tensor, precise: bool) -> torch.dtype:
+    return torch.float64 if precise else compute_dtype(z.dtype)
+
+
+def _in_memory(t: Tensor) -> Tensor:
+    """Autograd stands in for zeros with tensors that have no memory, which a kernel would read all the same."""
+    return torch.zeros(t.shape, dtype=t.dtype, device=t.device) if t._is_zerotensor() else t
+
+
+def _vectors(dtype: torch.dtype, *vectors: Tensor) -> list[Tensor]:
+    return [_in_memory(t).to(dtype).contiguous() for t in vectors]
+
+
+def _moments(
+    z: Tensor, tangents: list[Tensor], y: Tensor, tau: Tensor, precise: bool
+) -> tuple[RowValues, Tensor]:
+    """One read of the logits and tangents: (u, v), (v,) or none, to three numbers a row and the row's state."""
+    z, *tangents = (_in_memory(t) for t in (z, *tangents))
+    R, V = z.shape
+    N, T = len(tangents), _dtype(z, precise)
+    out = RowValues(*(torch.empty(R, dtype=compute_dtype(z.dtype), device=z.device) for _ in range(3)))
+    state = torch.empty(R, 6 if N == 1 else 3, dtype=T, device=z.device)
+    if R == 0:
+        return out, state
+    width = tile_width(V, T, N)
+    S = triton.cdiv(V, width)
+    v = tangents[-1] if N else z
+    u = tangents[0] if N == 2 else v
+    (tau,) = _vectors(T, tau)
+    moments = torch.empty(R, S, (3, 6, 11)[N], dtype=T, device=z.device)
+    strides = (*z.stride(), *u.stride(), *v.stride())
+    with _device(z):
+        row_kernels.tile_moments[(R * S,)](
+            z, u, v, tau, moments, V, S, *strides, N=N, BLOCK=width, num_warps=warps(width)
+        )
+        row_kernels.merge_tiles[(R,)](
+            z, u, v, y.contiguous(), tau, moments, state, *out, S, *strides,
+            N=N, TILES=triton.next_power_of_2(S), num_warps=1,
+        )  # fmt: skip
+    return out, state
+
+
+def row_values_and_state(
+    z: Tensor, y: Tensor, tau: Tensor, *, precise: bool = False
+) -> tuple[RowValues, Tensor]:
+    """`row_values`, and what `row_cotangents` of the same rows can take over from it: peak, s1, E_p[z − peak], [R, 3]."""
+    return _moments(z, [], y, tau, precise)
+
+
+def row_values(z: Tensor, y: Tensor, tau: Tensor, *, precise: bool = False) -> RowValues:
+    """H = log1p(s1) − c̄,  logprob_y = c_y − log1p(s1),  logsumexp = z_{a*}/τ + log1p(s1)."""
+    return _moments(z, [], y, tau, precise)[0]
+
+
+def row_tangents(z: Tensor, dz: Tensor, y: Tensor, tau: Tensor, *, precise: bool = False) -> RowValues:
+    """H' = −Cov_p(c, δ),  logprob' = δ_y − μ,  logsumexp' = μ + ż_{a*}/τ."""
+    return _moments(z, [dz], y, tau, precise)[0]
+
+
+def row_second_tangents(
+    z: Tensor, du: Tensor, dz: Tensor, y: Tensor, tau: Tensor, *, precise: bool = False
+) -> RowValues:
+    """H'' = −Cov(u, v) − κ₃(c, u, v),  logprob'' = −Cov(u, v),  logsumexp'' = Cov(u, v)."""
+    return _moments(z, [du, dz], y, tau, precise)[0]
+
+
+def row_cotangents(
+    z: Tensor,
+    y: Tensor,
+    tau: Tensor,
+    q: Tensor,
+    g: Tensor,
+    l: Tensor,  # noqa: E741
+    *,
+    out: Tensor | None = None,
+    state: Tensor | None = None,
+    precise: bool = False,
+) -> Tensor:
+    """The gradient of q·H + g·logprob + l·logsumexp, [R, V] in z's dtype; into `out`, which may be z, where it is given."""
+    z = _in_memory(z)
+    if state is None:
+        state = _moments(z, [], y, tau, precise)[1]
+    if out is None:
+        out = torch.empty(z.shape, dtype=z.dtype, device=z.device)
+    R, V = z.shape
+    if R == 0:
+        return out
+    T = state.dtype
+    width = written_width(V, T)
+    S = triton.cdiv(V, width)
+    tau, *weights = _vectors(T, tau, q, g, l)
+    with _device(z):
+        row_kernels.write_cotangents[(R * S,)](
+            z, y.contiguous(), tau, state, *weights, out, V, S, *z.stride(), *out.stride(),
+            BLOCK=width, num_warps=warps(width),
+        )  # fmt: skip
+    return out
+
+
+def row_cotangent_tangents(
+    z: Tensor,
+    dz: Tensor,
+    y: Tensor,
+    tau: Tensor,
+    cotangents: tuple[Tensor, Tensor, Tensor],
+    cotangent_tangents: tuple[Tensor, Tensor, Tensor],
+    *,
+    out: Tensor | None = None,
+    precise: bool = False,
+) -> Tensor:
+    """The tangent of `row_cotangents` along (ż, q̇, ġ, l̇), [R, V] in z's dtype; into `out`, which may be z or dz."""
+    z, dz = _in_memory(z), _in_memory(dz)
+    state = _moments(z, [dz], y, tau, precise)[1]
+    if out is None:
+        out = torch.empty(z.shape, dtype=z.dtype, device=z.device)
+    R, V = z.shape
+    if R == 0:
+        return out
+    T = state.dtype
+    width = written_width(V, T)
+    S = triton.cdiv(V, width)
+    tau, *weights = _vectors(T, tau, *cotangents, *cotangent_tangents)
+    with _device(z):
+        row_kernels.write_cotangent_tangents[(R * S,)](
+            z, dz, y.contiguous(), tau, state, *weights, out, V, S,
+            *z.stride(), *dz.stride(), *out.stride(), BLOCK=width, num_warps=warps(width),
+        )  # fmt: skip
+    return out
