@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import argparse
 
-from bench import linear, rows
+from bench import gate, linear, rows
 
-BENCHMARKS = {"rows": rows.run, "linear": linear.run}
+BENCHMARKS = {"rows": rows.run, "linear": linear.run, "gate": lambda _: gate.run()}
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     parser.add_argument("benchmark", choices=BENCHMARKS)
     parser.add_argument(
-        "--repeats", type=int, default=7, help="timed rounds; every contender runs once a round"
+        "--repeats",
+        type=int,
+        default=7,
+        help="timed rounds; every contender runs once a round (gate times nothing)",
     )
     arguments = parser.parse_args()
     BENCHMARKS[arguments.benchmark](arguments.repeats)

@@ -1,0 +1,301 @@
+"""Every Triton kernel compiled ahead of time for every architecture, without a GPU: what it takes, and how fast it could be.
+
+A kernel passes where nothing spills, shared memory fits, and all of its rows are loaded 16 bytes or more at a time. The table says
+what one element costs; the paper roofline is the largest of three times that no kernel can go below:
+
+    bytes / memory bandwidth      special functions / 16      instructions / 128      (the latter two per clock and multiprocessor)
+
+Instructions are those of the machine code, rare branches (a peaked tile, the tile with the target) counted as though always taken.
+Nothing here is measured: it is what a measurement is to be held against.
+"""
+
+from __future__ import annotations
+
+import collections
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from bench import timing
+from entropy_kernels.ops import row_kernels, rows
+
+R, V = 8192, 151936  # the shape of the roofline
+ALIGNMENT = 16  # what Triton is told of pointers and row lengths: it looks for multiples of 16 at each launch
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+SHARED_LIMIT = {
+    "sm_80": 163 << 10,
+    "sm_90": 227 << 10,
+    "sm_100": 227 << 10,
+    "gfx942": 64 << 10,
+}  # bytes a program
+GPUS = {  # architecture, multiprocessors, boost clock GHz, memory bandwidth GB/s: the vendor's data sheets
+    "H100 SXM": ("sm_90", 132, 1.98, 3350),
+    "H200": ("sm_90", 132, 1.98, 4800),
+    "B200": ("sm_100", 148, 1.965, 8000),
+}
+SPECIAL_PER_CLOCK, ISSUED_PER_CLOCK, REGISTERS, WARPS = 16, 128, 65536, 64  # of one multiprocessor
+NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.float64: "fp64"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Variant:
+    """One kernel, specialised as a launch would: contiguous rows, everything a multiple of 16."""
+
+    kernel: str
+    dtype: torch.dtype
+    tangents: int | None = None
+    width: int = 0  # columns a program
+    reads: int = 0  # tensors of rows read
+    writes: int = 0
+
+    @property
+    def name(self) -> str:
+        return self.kernel + ("" if self.tangents is None else f" N={self.tangents}")
+
+    @property
+    def warps(self) -> int:
+        return rows.warps(self.width) if self.width else 1
+
+    @property
+    def bytes_per_element(self) -> int:
+        return (self.reads + self.writes) * self.dtype.itemsize
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compiled:
+    """What the compiler made of a variant; the per-element figures are None where a program has no columns of its own."""
+
+    kernel: str
+    dtype: str
+    target: str
+    warps: int
+    width: int
+    registers: int
+    spilled_bytes: int
+    shared_bytes: int
+    wide_load_bytes: int  # a thread, by loads of 16 bytes or more
+    needed_load_bytes: int
+    programs_per_multiprocessor: int | None
+    bytes_per_element: int | None
+    special_per_element: float | None
+    instructions_per_element: float | None
+
+
+def variants(dtypes: Sequence[torch.dtype] = tuple(NAMES)) -> Iterator[Variant]:
+    """All that `ops.rows` launches for rows of the roofline's width."""
+    for dtype in dtypes:
+        T = rows.compute_dtype(dtype)
+        for N in range(3):
+            width = rows.tile_width(V, T, N)
+            yield Variant(kernel="tile_moments", dtype=dtype, tangents=N, width=width, reads=1 + N)
+            yield Variant(kernel="merge_tiles", dtype=dtype, tangents=N)
+        width = rows.written_width(V, T)
+        yield Variant(kernel="write_cotangents", dtype=dtype, width=width, reads=1, writes=1)
+        yield Variant(kernel="write_cotangent_tangents", dtype=dtype, width=width, reads=2, writes=1)
+
+
+def compiled(x: Variant, target: str) -> Compiled:
+    """The variant through the compiler."""
+    machine_code, metadata = _compile(x, TARGETS[target])
+    threads = x.warps * TARGETS[target].warp_size
+    read = _read_amd if target.startswith("gfx") else _read_nvidia
+    registers, spilled, shared, operations, wide = read(machine_code)
+    nvidia = read is _read_nvidia
+    per = x.width / threads if x.width and nvidia else None
+    programs = min(REGISTERS // (max(registers, 1) * threads), WARPS // x.warps) if nvidia else None
+    special = sum(n for name, n in operations.items() if name.startswith("MUFU"))
+    return Compiled(
+        kernel=x.name,
+        dtype=NAMES[x.dtype],
+        target=target,
+        warps=x.warps,
+        width=x.width,
+        registers=registers,
+        spilled_bytes=spilled,
+        shared_bytes=max(shared, metadata.shared),
+        wide_load_bytes=wide,
+        needed_load_bytes=x.reads * x.dtype.itemsize * x.width // threads,
+        programs_per_multiprocessor=programs,
+        bytes_per_element=x.bytes_per_element or None,
+        special_per_element=special / per if per else None,
+        instructions_per_element=sum(operations.values()) / per if per else None,
+    )
+
+
+def faults(c: Compiled) -> list[str]:
+    """Why it does not pass; empty where it does."""
+    found = []
+    if c.spilled_bytes:
+        found.append(f"{c.spilled_bytes} bytes spilled")
+    if c.shared_bytes > SHARED_LIMIT[c.target]:
+        found.append(f"{c.shared_bytes} bytes of shared memory, {SHARED_LIMIT[c.target]} are there")
+    if c.wide_load_bytes < c.needed_load_bytes:
+        found.append(f"{c.wide_load_bytes} of {c.needed_load_bytes} bytes a thread loaded 16 at a time")
+    return [f"{c.kernel} {c.dtype} {c.target}: {fault}" for fault in found]
+
+
+def _compile(x: Variant, target: GPUTarget) -> tuple[Any, Any]:
+    function = getattr(row_kernels, x.kernel)
+    if not isinstance(function, triton.JITFunction):
+        raise RuntimeError("the gate compiles: run it without TRITON_INTERPRET")
+    data, wide = "*" + NAMES[x.dtype], "*" + NAMES[rows.compute_dtype(x.dtype)]
+    constants = {f"{t}_column": 1 for t in ("z", "u", "v", "out")}
+    constants |= {"N": x.tangents, "BLOCK": x.width, "TILES": triton.next_power_of_2(triton.cdiv(V, 4096))}
+    types = dict.fromkeys(("z", "u", "v", "out"), data) | {"y": "*i64", "S": "i32", "V": "i32"}
+    types |= {f"{t}_row": "i32" for t in ("z", "u", "v", "out")}
+    signature = {
+        name: "constexpr" if name in constants else types.get(name, wide) for name in function.arg_names
+    }
+    divisible = {
+        (i,): [["tt.divisibility", ALIGNMENT]]
+        for i, (name, kind) in enumerate(signature.items())
+        if kind != "constexpr" and name != "S"
+    }
+    values = {(i,): constants[name] for i, name in enumerate(signature) if name in constants}
+    source = ASTSource(function, signature, values, divisible)
+    kernel = triton.compile(source, target=target, options={"num_warps": x.warps})
+    return kernel.asm["cubin" if target.backend == "cuda" else "amdgcn"], kernel.metadata
+
+
+def _read_nvidia(cubin: bytes) -> tuple[int, int, int, collections.Counter[str], int]:
+    """Registers, bytes of stack (nothing else uses it), shared memory, operations and bytes of wide loads, one thread's."""
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        usage, code = (
+            subprocess.run([tool, flag, file.name], capture_output=True, text=True, check=True).stdout
+            for flag in ("--dump-resource-usage", "--dump-sass")
+        )
+    found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", usage)
+    assert found is not None, usage
+    registers, stack, shared, local = map(int, found.groups())
+    listed = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]+)", code, re.MULTILINE)
+    operations = collections.Counter(name for name in listed if name != "NOP")
+    assert operations["EXIT"], code[:500]
+    loads = [re.search(r"\.(128|256)\b", name) for name in operations.elements() if name.startswith("LDG")]
+    return registers, stack + local, shared, operations, sum(int(m.group(1)) // 8 for m in loads if m)
+
+
+def _read_amd(code: str) -> tuple[int, int, int, collections.Counter[str], int]:
+    """The same from the assembler's text; operations are not counted."""
+
+    def field(name: str) -> int:
+        found = re.search(rf"\.{name}:\s*(\d+)", code)
+        assert found is not None, name
+        return int(found.group(1))
+
+    spilled = 4 * (field("vgpr_spill_count") + field("sgpr_spill_count")) + field(
+        "private_segment_fixed_size"
+    )
+    wide = 16 * len(re.findall(r"\b(?:global|buffer)_load_dwordx4\b", code))
+    return field("vgpr_count"), spilled, field("group_segment_fixed_size"), collections.Counter(), wide
+
+
+# What a call of `ops.rows` launches for each element; the merge is 1/8192 to 1/2048 of it.
+FUNCTIONS = {
+    "values": ["tile_moments N=0"],
+    "tangents": ["tile_moments N=1"],
+    "second tangents": ["tile_moments N=2"],
+    "gradient, state handed in": ["write_cotangents"],
+    "gradient alone": ["tile_moments N=0", "write_cotangents"],
+    "tangent of the gradient": ["tile_moments N=1", "write_cotangent_tangents"],
+}
+
+
+def roofline(table: Sequence[Compiled], gpu: str, function: str, dtype: str) -> dict[str, float]:
+    """Milliseconds for [R, V] that bytes, special functions and instructions take, and their largest, summed over launches."""
+    target, multiprocessors, ghz, gb_per_s = GPUS[gpu]
+    out = {"bytes_ms": 0.0, "special_ms": 0.0, "instructions_ms": 0.0, "predicted_ms": 0.0}
+    clocks_per_ms = multiprocessors * ghz * 1e6
+    for kernel in FUNCTIONS[function]:
+        (c,) = (c for c in table if (c.kernel, c.dtype, c.target) == (kernel, dtype, target))
+        assert c.bytes_per_element and c.special_per_element is not None and c.instructions_per_element
+        times = {
+            "bytes_ms": R * V * c.bytes_per_element / (gb_per_s * 1e6),
+            "special_ms": R * V * c.special_per_element / (SPECIAL_PER_CLOCK * clocks_per_ms),
+            "instructions_ms": R * V * c.instructions_per_element / (ISSUED_PER_CLOCK * clocks_per_ms),
+        }
+        for name, ms in times.items():
+            out[name] += ms
+        out["predicted_ms"] += max(times.values())
+    return out
+
+
+def markdown(result: dict[str, Any]) -> list[str]:
+    lines = [
+        f"# Triton kernels ahead of time, Triton {result['triton']}",
+        "",
+        f"Commit {result['commit']}. {len(result['kernels'])} compilations for {', '.join(TARGETS)}, {len(result['faults'])} faults. "
+        "Per element: bytes moved, special functions (MUFU), instructions, the last an upper bound (rare branches counted). "
+        "Nothing here is measured.",
+        *(f"- {fault}" for fault in result["faults"]),
+    ]
+    for target in TARGETS:
+        lines += ["", f"## {target}", ""]
+        lines += [
+            "| kernel | dtype | columns, warps | registers | spilled | shared | programs per SM | bytes | special | instructions |",
+            "|---|---|---|---|---|---|---|---|---|---|",
+        ]
+        for c in result["kernels"]:
+            if c["target"] != target:
+                continue
+            figures = [c["programs_per_multiprocessor"], c["bytes_per_element"]]
+            figures += [c["special_per_element"], c["instructions_per_element"]]
+            shown = " | ".join("–" if x is None else f"{x:.3g}" for x in figures)
+            lines += [
+                f"| {c['kernel']} | {c['dtype']} | {c['width'] or '–'}, {c['warps']} | {c['registers']} | {c['spilled_bytes']} B "
+                f"| {c['shared_bytes']} B | {shown} |"
+            ]
+    lines += ["", f"## Paper roofline, [{R}, {V}], ms", ""]
+    lines += [
+        "From data sheets: "
+        + "; ".join(f"{g}: {m} × {f} GHz, {b} GB/s" for g, (_, m, f, b) in GPUS.items())
+        + "."
+    ]
+    lines += [
+        "",
+        "| function | dtype | GPU | bytes | special | instructions | predicted |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in result["rooflines"]:
+        times = " | ".join(
+            f"{row[k]:.2f}" for k in ("bytes_ms", "special_ms", "instructions_ms", "predicted_ms")
+        )
+        lines += [f"| {row['function']} | {row['dtype']} | {row['gpu']} | {times} |"]
+    return lines
+
+
+def run() -> None:
+    """Compile all, write the table, and end with an error where a kernel does not pass."""
+    table = [compiled(x, target) for target in TARGETS for x in variants()]
+    found = [fault for c in table for fault in faults(c)]
+    result = {
+        "triton": triton.__version__,
+        "commit": timing.environment("cpu")["commit"],
+        "faults": found,
+        "kernels": [asdict(c) for c in table],
+        "rooflines": [
+            {"function": f, "dtype": dtype, "gpu": gpu, **roofline(table, gpu, f, dtype)}
+            for dtype in ("bf16", "fp32")
+            for gpu in GPUS
+            for f in FUNCTIONS
+        ],
+    }
+    timing.save(f"gate_triton_{triton.__version__}", result, markdown(result))
+    if found:
+        raise SystemExit("\n".join(found))
