@@ -95,10 +95,13 @@ def tile_moments(
     centre = tl.where(peak == float("-inf"), 0.0, peak)  # a tile of −inf only has weight 0, not NaN
     d = _distance(z_a, centre, tau_r)
     e = _weight(d, tau_r, EXACT)
-    # Σe − 1 would lose a small s1: then the sum below the peak, and the whole number of ties that the two are apart
+    if N > 0:
+        peak_column = tl.min(tl.where(z_a == peak, column, V - 1), 0)
     s1 = tl.sum(e, 0) - 1.0
-    if s1 < CANCELS:
-        below = tl.sum(tl.where(z_a == peak, 0.0, e), 0)
+    if (
+        s1 < CANCELS
+    ):  # which would lose a small s1: the sum below the peak, and the whole number of ties it is away by
+        below = tl.sum(tl.where(d == 0.0, 0.0, e), 0)
         s1 = below + tl.floor(s1 - below + 0.5)
     sum_d = tl.sum(e * d, 0)
     K: tl.constexpr = 3 + 3 * N + 2 * (N // 2)
@@ -108,7 +111,6 @@ def tile_moments(
     tl.store(to + 2, sum_d)
     if N > 0:
         share = tl.where(peak == float("-inf"), 0.0, 1.0 / (1.0 + s1))
-        peak_column = tl.min(tl.where(z_a == peak, column, V - 1), 0)
         d_hat = d - sum_d * share
         v_peak = _load(v, r, peak_column, None, v_row, v_column, None, T)
         x_v = _load(v, r, column, mask, v_row, v_column, 0.0, T) - v_peak
