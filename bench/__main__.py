@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from bench import gate, linear, rows
+from bench import gate, linear, rows, rows_gpu
 
 BENCHMARKS = {"rows": rows.run, "linear": linear.run, "gate": lambda _: gate.run()}
 
@@ -17,5 +17,11 @@ if __name__ == "__main__":
         default=7,
         help="timed rounds; every contender runs once a round (gate times nothing)",
     )
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="where rows are timed")
     arguments = parser.parse_args()
-    BENCHMARKS[arguments.benchmark](arguments.repeats)
+    if arguments.device == "cuda":
+        if arguments.benchmark != "rows":
+            parser.error(f"--device cuda: {arguments.benchmark} has no GPU version; only rows has")
+        rows_gpu.run(arguments.repeats)
+    else:
+        BENCHMARKS[arguments.benchmark](arguments.repeats)

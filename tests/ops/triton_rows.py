@@ -6,6 +6,8 @@ Rows are cut into tiles of 512 columns, so that small rows exercise the merge; `
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -467,3 +469,31 @@ def test_the_entropy_is_of_the_tempered_law():
         got = entropy_logprob(z.to(DEVICE), temperature=tau.to(DEVICE)).entropy.cpu().double()
     p = torch.softmax(z.double() / tau.double()[:, None], -1)
     assert torch.allclose(got, -(p * p.log()).sum(-1), rtol=1e-5)
+
+
+# ---- the benchmark, so that it runs when there is a GPU
+
+
+def test_the_benchmark_times_every_function_after_checking_it(monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2]))
+    from bench import rows_gpu
+
+    result = rows_gpu.one_shape(2, 300, torch.float32, 2, DEVICE, peers=False)
+    assert len(result["timings"]) == 7 and result["timings"]["copy"]["share_of_copy"] == 1
+    assert "| values |" in "\n".join(
+        rows_gpu.markdown({"environment": timing_conditions(), "shapes": [result]})
+    )
+    monkeypatch.setattr(rows, "row_tangents", lambda z, dz, y, tau: rows.row_values(z, y, tau))
+    with pytest.raises(SystemExit, match="wrong against float64: {'tangents'"):
+        rows_gpu.one_shape(2, 300, torch.float32, 2, DEVICE, peers=False)
+
+
+def timing_conditions():
+    return {
+        "device": "none",
+        "threads": 1,
+        "backend": rows.backend(),
+        "torch": torch.__version__,
+        "commit": None,
+        "load_average": 0.0,
+    }
