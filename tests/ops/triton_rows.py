@@ -13,7 +13,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from row_cases import (
-    DTYPES,
     FUNCTIONS,
     case,
     columns,
@@ -80,7 +79,7 @@ def assert_near(name, got, want, dtype, factor=1.0):
 
 @each_function
 @each_dtype
-@each("V", 7, 1300, slow=[1, 507])
+@each("V", 1300, slow=[1, 7, 507])
 def test_equals_the_specification(name, dtype, V):
     arguments = case(2 if DEVICE == "cpu" else 123, V, dtype)
     want = specified(name, *arguments)
@@ -134,12 +133,12 @@ def test_every_output_is_written(name, dtype, monkeypatch):
 
 @each_function
 def test_a_row_gives_the_same_bits_alone_and_again(name):
-    arguments = case(5, 1500, torch.float32)
+    arguments = case(2, 1500, torch.float32)
     all_rows = triton(name, *arguments)
     assert torch.equal(triton(name, *arguments), all_rows)
     z, u, v, y, tau, w = arguments
-    one = triton(name, z[3:4], u[3:4], v[3:4], y[3:4], tau[3:4], [x[3:4] for x in w])
-    assert torch.equal(one.squeeze(), all_rows[3] if name.startswith("row_cotangent") else all_rows[:, 3])
+    one = triton(name, z[1:2], u[1:2], v[1:2], y[1:2], tau[1:2], [x[1:2] for x in w])
+    assert torch.equal(one.squeeze(), all_rows[1] if name.startswith("row_cotangent") else all_rows[:, 1])
 
 
 @each("dtype", torch.bfloat16, slow=[torch.float32])
@@ -163,7 +162,7 @@ def test_a_gradient_may_be_written_over_its_inputs(dtype):
 @each_function
 @one_dtype
 def test_hard_rows(name, dtype):
-    arguments = special_rows(dtype, V=1100 + 300)
+    arguments = special_rows(dtype, V=1400)
     got, want = triton(name, *arguments), specified(name, *arguments)
     assert torch.isfinite(got).all()
     for row in range(12):
@@ -221,7 +220,7 @@ def test_ties_at_the_peak_are_counted_and_the_rest_kept(ties, rest):
 
 @each_function
 @one_dtype
-@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+@each("bad", torch.nan, slow=[torch.inf])
 def test_nan_and_infinity_stay_in_their_row(name, dtype, bad):
     z, u, v, y, tau, w = case(3, 1300, dtype)
     clean = triton(name, z, u, v, y, tau, w)
@@ -312,7 +311,7 @@ def test_a_state_handed_in_gives_the_same_gradient(dtype):
 
 # ---- properties
 
-examples = settings(max_examples=2 if DEVICE == "cpu" else 20, deadline=None, derandomize=True)
+examples = settings(max_examples=1 if DEVICE == "cpu" else 20, deadline=None, derandomize=True)
 seeds = st.integers(0, 2**20)
 
 
@@ -397,7 +396,7 @@ def test_every_derivative_of_the_public_function(mode, dtype):
     assert scale > 0 and (got - want).abs().max() <= (1e-12 if dtype == torch.float64 else 5e-6) * scale
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@one_dtype
 def test_padded_vocabulary_columns_are_not_counted(dtype):
     z, _u, _v, y, _tau, _w = case(4, 700, dtype)
     z[:, 650:] = torch.nan
