@@ -1,12 +1,13 @@
-"""The command line: flags → MeasureConfig → report; errors in one paragraph."""
+"""The command line: flags → MeasureConfig → report; sub-commands; errors in one paragraph."""
 
 from __future__ import annotations
 
 import argparse
 import sys
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import fields
+from importlib import import_module
 
 from ..errors import CertificationError, UserError
 from .config import CHOICES, MeasureConfig, output_directory
@@ -20,13 +21,16 @@ The report (report.html, report.json, Parquet tables, update.safetensors) is wri
 figure means.
 """
 
+# Sub-command → the module of this package whose run(arguments) does it and returns the exit status; loaded on use.
+COMMANDS: dict[str, str] = {}
+
 
 def parser() -> argparse.ArgumentParser:
     """Every flag, grouped by what it is about; defaults are those of MeasureConfig."""
     p = argparse.ArgumentParser(
         prog="python -m entropy_kernels.measure",
         description="Measure how one RL step changes a language model's entropy, and what was predicted.",
-        epilog=_EPILOG,
+        epilog=_EPILOG + "".join(f"Sub-command with its own --help: {name}\n" for name in COMMANDS),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
@@ -129,17 +133,17 @@ def config_from(arguments: Sequence[str]) -> MeasureConfig:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status: 0, 1 for what a user can mend, 130 when interrupted."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    if given and given[0] in COMMANDS:
+        run = import_module(f".{COMMANDS[given[0]]}", __package__).run
+        return guarded(run, given[1:])
+    return guarded(measure, given)
+
+
+def guarded(run: Callable[[Sequence[str]], int], arguments: Sequence[str]) -> int:
+    """The exit status of a command; what a user can mend is said in one paragraph."""
     try:
-        config = config_from(sys.argv[1:] if arguments is None else arguments)
-        directory = output_directory(config)
-        directory.mkdir(parents=True, exist_ok=True)
-        from transformers.utils import logging
-
-        from .steps import measure_step, with_output
-
-        logging.disable_progress_bar()  # one bar at a time: ours
-        result = measure_step(with_output(config, str(directory)), directory=str(directory))
-        page = result.save(directory)
+        return run(arguments)
     except (UserError, CertificationError) as error:
         print(textwrap.fill(f"error: {error}", width=110, break_long_words=False), file=sys.stderr)
         return 1
@@ -149,6 +153,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 130
+
+
+def measure(arguments: Sequence[str]) -> int:
+    """The command without a name: one step."""
+    config = config_from(arguments)
+    directory = output_directory(config)
+    directory.mkdir(parents=True, exist_ok=True)
+    from transformers.utils import logging
+
+    from .steps import measure_step, with_output
+
+    logging.disable_progress_bar()  # one bar at a time: ours
+    result = measure_step(with_output(config, str(directory)), directory=str(directory))
+    page = result.save(directory)
     print(result.summary())
     print(f"\nreport: {page}")
     return 0
