@@ -16,6 +16,8 @@ _HOME = {
     "EntropyLogprob": "functional",
     "entropy_logprob": "functional",
     "linear_entropy_logprob": "functional",
+    "vocab_parallel_entropy_logprob": "functional",
+    "vocab_parallel_linear_entropy_logprob": "functional",
     "Policy": "policy",
     "TokenBatch": "policy",
     "TokenStats": "derivatives",
