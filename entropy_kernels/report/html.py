@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jinja2
@@ -81,7 +81,7 @@ def render(report: Mapping[str, Any], tables: Mapping[str, pa.Table]) -> str:
             {name: typeset(text) for name, text in dataclasses.asdict(check).items()}
             for check in reading.checks(report)
         ],
-        plots=_plots(report, prompts, tokens, change["linear"]),
+        plots=_plots(report, tables),
         prompts=None if prompts is None else _concentration(prompts),
         tokens=None if tokens is None else _concentration(tokens),
         top_prompts=[] if prompts is None else _top_prompts(prompts, tables["rollouts_e"], change["linear"]),
@@ -105,20 +105,9 @@ def leaf(item: Any) -> str:
     return ", ".join(map(leaf, item)) if isinstance(item, list | tuple) else str(item)
 
 
-def _plots(
-    report: Mapping[str, Any], prompts: reading.Shares | None, tokens: reading.Shares | None, linear: Estimate
-) -> dict[str, Markup]:
-    """The pictures there are numbers for, by name. They hold no text of users, so they go in as they are."""
-    draw: dict[str, Callable[[], str] | None] = {
-        "change": lambda: plots.change_plot(report),
-        "residual": lambda: plots.residual_plot(report),
-        "path": (lambda: plots.path_plot(report)) if report.get("nodes") else None,
-        "prompts": (lambda: plots.prompt_plot(prompts, linear)) if prompts is not None else None,
-        "concentration": (lambda: plots.concentration_plot(prompts, tokens))
-        if prompts is not None or tokens is not None
-        else None,
-    }
-    return {name: Markup(picture()) for name, picture in draw.items() if picture is not None}
+def _plots(report: Mapping[str, Any], tables: Mapping[str, pa.Table]) -> dict[str, Markup]:
+    """The pictures as SVG, by name. They hold no text of users, so they go in as they are."""
+    return {name: Markup(plots.svg(draw(), name)) for name, draw in plots.available(report, tables).items()}
 
 
 def _concentration(shares: reading.Shares) -> dict[str, Any]:

@@ -1,18 +1,19 @@
-"""The pictures of the page, as inline SVG whose colours and font are the page's own.
+"""The pictures of a report as matplotlib figures, and as inline SVG whose colours and font are the page's own.
 
-Matplotlib draws with placeholder colours; each becomes a CSS variable, so that one
-picture serves light, dark and print.
+A figure is drawn in the page's light colours, each of them used for one thing alone; in the SVG each becomes a CSS variable, so
+that one picture serves light, dark and print.
 """
 
 from __future__ import annotations
 
 import io
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import matplotlib
 import numpy as np
+import pyarrow as pa
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, PercentFormatter
@@ -21,9 +22,9 @@ from ..stats import Estimate
 from . import reading
 from .numbers import in_words, number, typeset
 
-# Placeholders. The hues are told apart with any colour vision; line style and marker differ as well.
-INK, MUTED, GRID = "#100001", "#100002", "#100003"
-MEASURED, DIRECT, LINEAR, QUADRATIC = "#100004", "#100005", "#100006", "#100007"
+# As in page.html, but all different. The hues are told apart with any colour vision; line style and marker differ as well.
+INK, MUTED, GRID = "#1b1d21", "#666c75", "#e3e5e9"
+MEASURED, DIRECT, LINEAR, QUADRATIC = "#1b1d20", "#00876a", "#0072b2", "#d55e00"
 _VARIABLES = {
     INK: "ink",
     MUTED: "muted",
@@ -70,7 +71,7 @@ _WIDTH = 7.6
 _MAX_CURVE_POINTS = 400
 
 
-def change_plot(report: Mapping[str, Any]) -> str:
+def change_plot(report: Mapping[str, Any]) -> Figure:
     """|ΔH| against η: measurements, predictions, the noise floor, the reach of the linear law."""
     changes = report["changes"]
     eta = np.array([change["eta"] for change in changes])
@@ -108,10 +109,10 @@ def change_plot(report: Mapping[str, Any]) -> str:
         axes.set_title(_sign_words(changes))
         axes.set_ylabel(f"|ΔH|  ({in_words(changes[0]['linear'].unit)})")
         axes.legend(loc="upper left")
-        return _svg(figure, "change")
+        return figure
 
 
-def residual_plot(report: Mapping[str, Any]) -> str:
+def residual_plot(report: Mapping[str, Any]) -> Figure:
     """|measured − predicted| against η, with slopes 2 and 3 to compare with."""
     changes = report["changes"]
     eta = np.array([change["eta"] for change in changes])
@@ -167,10 +168,10 @@ def residual_plot(report: Mapping[str, Any]) -> str:
         axes.set_ylabel(f"|measured − predicted|  ({in_words(changes[0]['linear'].unit)})")
         if shown:
             axes.legend(loc="upper left")
-        return _svg(figure, "residual")
+        return figure
 
 
-def path_plot(report: Mapping[str, Any]) -> str:
+def path_plot(report: Mapping[str, Any]) -> Figure:
     """h'(η) at the nodes of the path: flat where the linear law holds."""
     nodes = report["nodes"]
     eta = np.array([node["eta"] for node in nodes])
@@ -196,10 +197,10 @@ def path_plot(report: Mapping[str, Any]) -> str:
         axes.yaxis.set_major_formatter(FuncFormatter(_tick))
         axes.set_title("Derivative of the entropy along the step")
         axes.legend(loc="best")
-        return _svg(figure, "path")
+        return figure
 
 
-def prompt_plot(shares: reading.Shares, change: Estimate) -> str:
+def prompt_plot(shares: reading.Shares, change: Estimate) -> Figure:
     """What every prompt contributes to the linear prediction, from the most negative to the most positive."""
     value = np.sort(shares.share * change.value)
     with matplotlib.rc_context(_STYLE):
@@ -225,10 +226,10 @@ def prompt_plot(shares: reading.Shares, change: Estimate) -> str:
         axes.grid(False, axis="x")
         axes.set_title("Which prompts carry the predicted change")
         axes.legend(loc="upper left", handlelength=1)
-        return _svg(figure, "prompts")
+        return figure
 
 
-def concentration_plot(prompts: reading.Shares | None, tokens: reading.Shares | None) -> str:
+def concentration_plot(prompts: reading.Shares | None, tokens: reading.Shares | None) -> Figure:
     """Share of Σ|contribution| held by the largest contributors, for tokens and for prompts."""
     with matplotlib.rc_context(_STYLE):
         figure, axes = _axes(3.4)
@@ -261,7 +262,24 @@ def concentration_plot(prompts: reading.Shares | None, tokens: reading.Shares | 
         axes.set_ylabel("their share of Σ|contribution|")
         axes.set_title("How concentrated the change is")
         axes.legend(loc="upper left")
-        return _svg(figure, "concentration")
+        return figure
+
+
+def available(report: Mapping[str, Any], tables: Mapping[str, pa.Table]) -> dict[str, Callable[[], Figure]]:
+    """The pictures there are numbers for, by name; each is drawn when it is called."""
+    change = reading.headline_change(report)["linear"]
+    prompts, tokens = reading.prompt_shares(tables), reading.token_shares(tables)
+    found: dict[str, Callable[[], Figure]] = {
+        "change": lambda: change_plot(report),
+        "residual": lambda: residual_plot(report),
+    }
+    if report.get("nodes"):
+        found["path"] = lambda: path_plot(report)
+    if prompts is not None:
+        found["prompts"] = lambda: prompt_plot(prompts, change)
+    if prompts is not None or tokens is not None:
+        found["concentration"] = lambda: concentration_plot(prompts, tokens)
+    return found
 
 
 # --- parts -------------------------------------------------------------------------------------------------
@@ -416,10 +434,10 @@ def _bar_width(count: int) -> float:
     return max(0.75 * (_WIDTH - 0.9) * 72 / count, 0.6)
 
 
-def _svg(figure: Figure, name: str) -> str:
+def svg(figure: Figure, name: str) -> str:
     """The figure as an SVG element of a page: no prolog, no metadata, no outside reference, its own ids."""
     buffer = io.StringIO()
-    with matplotlib.rc_context({"svg.hashsalt": name}):
+    with matplotlib.rc_context({**_STYLE, "svg.hashsalt": name}):
         figure.savefig(buffer, format="svg")
     text = buffer.getvalue()
     text = text[text.index("<svg") :]
@@ -431,6 +449,6 @@ def _svg(figure: Figure, name: str) -> str:
     text = re.sub(r'font: ([\d.]+px) [^;"]+', r"font-size: \1", text)
     text = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", text, count=1)
     text = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", text, count=1)
-    for placeholder, variable in _VARIABLES.items():
-        text = text.replace(placeholder, f"var(--{variable})")
+    for colour, variable in _VARIABLES.items():
+        text = text.replace(colour, f"var(--{variable})")
     return text

@@ -7,10 +7,10 @@ import json
 import math
 import os
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -18,6 +18,9 @@ import pyarrow.parquet as pq
 
 from ..errors import UserError
 from ..stats import Estimate
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 SCHEMA_VERSION = 1
 TABLES = ("rollouts_u", "rollouts_e", "tokens_u", "tokens_e")
@@ -59,6 +62,13 @@ class Result:
         from .terminal import summarize
 
         return summarize(self.report)
+
+    @property
+    def plots(self) -> Plots:
+        """The report's pictures by name, matplotlib figures drawn on access: `result.plots["change"].savefig("change.png")`."""
+        from .plots import available  # matplotlib is slow to import and wanted here only
+
+        return Plots(available(self.report, self.tables))
 
     def save(self, directory: str | Path) -> Path:
         """Writes report.json, one Parquet file per table, and report.html; returns the path of report.html.
@@ -115,6 +125,27 @@ class Result:
         return cls(
             report=report, tables={name: pq.read_table(file) for name, file in files.items() if file.exists()}
         )
+
+
+class Plots(Mapping[str, "Figure"]):
+    """Figures by name, each drawn anew when it is asked for; `list(...)` names them."""
+
+    def __init__(self, draw: Mapping[str, Callable[[], Figure]]) -> None:
+        self._draw = draw
+
+    def __getitem__(self, name: str) -> Figure:
+        """Draws one."""
+        if name not in self._draw:
+            raise KeyError(f"no plot {name!r}; this result has {', '.join(self._draw)}")
+        return self._draw[name]()
+
+    def __iter__(self) -> Iterator[str]:
+        """Their names."""
+        return iter(self._draw)
+
+    def __len__(self) -> int:
+        """How many there are."""
+        return len(self._draw)
 
 
 @contextlib.contextmanager

@@ -90,6 +90,7 @@ def test_pictures_take_the_colours_of_the_page(text):
     assert len(drawn) == 5
     for picture in drawn:
         assert not re.findall(r"#10000\d", picture)
+        assert not any(colour in picture for colour in plots._VARIABLES)
     assert all(f"var(--{name})" in text and f"--{name}:" in text for name in plots._VARIABLES.values())
 
 

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from entropy_kernels.errors import UserError
-from entropy_kernels.report import Result, html
+from entropy_kernels.report import Result, html, plots
 from entropy_kernels.report.result import from_json, to_json
 from entropy_kernels.stats import Estimate
 
@@ -156,3 +156,16 @@ def test_failed_page_keeps_the_new_numbers_and_no_old_page(plain_page, tmp_path,
     assert same(Result.load(tmp_path).report, other.report)
     assert not (tmp_path / "report.html").exists()
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+def test_plots_are_figures_in_real_colours_drawn_on_access(tmp_path):
+    result = builder.result()
+    assert list(result.plots) == ["change", "residual", "path", "prompts", "concentration"]
+    assert len(builder.Result(report={"changes": result.report["changes"][:2]}, tables={}).plots) == 2
+    figure = result.plots["path"]
+    figure.savefig(tmp_path / "path.png")
+    assert (tmp_path / "path.png").read_bytes().startswith(b"\x89PNG")
+    assert figure.axes[0].lines[0].get_color() == plots.LINEAR
+    with pytest.raises(KeyError, match="no plot 'nonsense'.*concentration"):
+        result.plots["nonsense"]
+    assert len(set(plots._VARIABLES)) == 7  # one colour for two things would lose its variable in the page
