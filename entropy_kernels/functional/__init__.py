@@ -1,5 +1,7 @@
-"""Every rule of differentiation, and the public functions of a vocabulary row: from logits (`rows`), from hidden states (`linear`), and with
-the vocabulary spread over ranks (`parallel`)."""
+"""Every rule of differentiation, and the public functions of a vocabulary row.
+
+From logits (`rows`), from hidden states (`linear`), with the vocabulary spread over ranks (`parallel`).
+"""
 
 from __future__ import annotations
 

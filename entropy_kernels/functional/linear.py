@@ -272,8 +272,8 @@ def _check(
     for what, x in given.items():
         if hasattr(x, "placements"):
             raise ValueError(
-                f"linear_entropy_logprob: {what} is a DTensor, which this function does not shard. Pass to_local() of a weight sharded by rows "
-                "to vocab_parallel_linear_entropy_logprob, or gather it with full_tensor()."
+                f"linear_entropy_logprob: {what} is a DTensor, which is not sharded here. Pass to_local() of a weight sharded by rows to "
+                " vocab_parallel_linear_entropy_logprob, or gather it with full_tensor()."
             )
         if not x.is_floating_point() or x.dtype != hidden.dtype or x.device != hidden.device:
             raise ValueError(
