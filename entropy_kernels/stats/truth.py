@@ -9,6 +9,9 @@ as Σ (H_k(0) − h₀ c_k) = 0 may be taken off. Every term is now of order η:
 X = Σ [H(η) − H(0) + (w − 1) H(η)] and E = Σ (w − 1) c, it reads ΔH = (X − h₀ E)/(D₀ + E), a function of four totals
 from which any prompt can be left out, h₀ following.
 
+The samples may also come from a third policy, with w⁰ = exp R[S(0) − S(drawn)] in front of every term: h₀ = Σ w⁰H(0)/Σ w⁰c, and
+X, E, N₀, D₀ are the same sums with weights w⁰ (docs/theory.md, section 12).
+
 Integrated. ΔH = ∫₀^η h'(s) ds by quadrature: no difference at all.
 """
 
@@ -69,16 +72,18 @@ def change_sums(
     *,
     per: Per,
     estimator: EstimatorKind,
+    drawn: TokenValues | None = None,
 ) -> ChangeSums:
     """The per-prompt sums of the direct difference, per-token differences first.
 
     Args:
-        base: H and S at the policy that drew the samples, nats, [N, T].
+        base: H and S at the policy from which the change counts, nats, [N, T]; without `drawn` the one that drew the samples.
         moved: H and S at the moved policy, [N, T], computed in the same way.
         mask: bool [N, T], True on response tokens.
         prompt_index: integers [N], equal for sequences of the same prompt.
         per: "token" or "sequence".
         estimator: "per_decision", "whole_sequence" or "path".
+        drawn: H and S at the policy that drew the samples, [N, T], where that is not base; only its S is used.
 
     Raises:
         UserError: shapes, dtypes or names do not fit, or a row without a response token.
@@ -89,11 +94,13 @@ def change_sums(
     H0, H = on_mask(base.entropy, mask, "base.entropy"), on_mask(moved.entropy, mask, "moved.entropy")
     c = counted(mask, per)
 
-    def totals(x: FloatArray) -> FloatArray:
-        return by_prompt(np.where(mask, x, 0.0).sum(axis=1), inverse, B)
-
     # A ratio that overflows ends as inf or NaN, never as a number.
     with np.errstate(over="ignore", invalid="ignore"):
+        w0 = 1.0 if drawn is None else np.exp(reach(log_ratio(drawn, base, mask), estimator))
+
+        def totals(x: FloatArray) -> FloatArray:
+            return by_prompt(np.where(mask, w0 * x, 0.0).sum(axis=1), inverse, B)
+
         excess = np.expm1(reach(log_ratio(base, moved, mask), estimator))
         return ChangeSums(
             change=totals(H - H0 + excess * H),
