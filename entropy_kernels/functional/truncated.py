@@ -1,0 +1,214 @@
+r"""Entropy and logprob of rows truncated by top-k or top-p, with every derivative at a fixed kept set S.
+
+Everything is a row of `rows` again. With rows restricted to S and to the tail (−∞ elsewhere),
+
+    entropy = H(z_S)      logprob = log p_y(z_S)      tail entropy = H(z_T)      s = 1/(1 + e^{lse(z_T) − lse(z_S)})
+
+so the four Functions of `rows` give all derivatives, and s keeps its digits where it is tiny as well as where 1 − s is. The two
+logsumexps are counted from the row's largest logit, lest a common shift of the logits cost digits of their difference.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+from entropy_kernels.ops import truncated
+from entropy_kernels.ops.reference import compute_dtype
+
+from .arguments import check_values, flat_targets, flat_temperature, refuse_compiling
+from .rows import _over_rows, _Values
+
+
+class TruncatedEntropy(NamedTuple):
+    """Of the law p_S/s on the kept set S, each [...]: entropies and logprob in nats; logprob is None without targets."""
+
+    entropy: Tensor
+    logprob: Tensor | None
+    kept_mass: Tensor
+    kept_count: Tensor
+    tail_entropy: Tensor
+    full_entropy: Tensor
+
+
+class _KeptSet(Function):
+    """(z, τ, k, p) → S, bool: no derivative, and more rows under vmap."""
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> Any:
+        return _over_rows(_KeptSet, in_dims, inputs)
+
+    @staticmethod
+    def forward(z: Tensor, tau: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
+        return truncated.kept_set(z, tau, top_k, top_p)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.mark_non_differentiable(output)
+
+    @staticmethod
+    def jvp(ctx: Any, *_: Any) -> None:
+        return None
+
+
+def kept_set(
+    logits: Tensor,
+    *,
+    top_k: int | Tensor | None = None,
+    top_p: float | Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+) -> Tensor:
+    r"""S = {a : what stands strictly above a is fewer than k tokens, and less than the share p of their mass}.
+
+    Top-k comes first, then top-p on the renormalised law of what it left. The token that crosses p is kept, and so is every token
+    whose logit ties with the last one. Tokens of −∞ are never kept. A row without a law (NaN, or no finite logit) keeps nothing.
+
+    Args:
+        logits: [..., V], floating point.
+        top_k: a positive integer, or integers that broadcast to [...]; 0, as in samplers, and V or more keep every token.
+        top_p: in (0, 1], or a tensor that broadcasts to [...]; 1 keeps every token.
+        temperature: τ > 0, a number or a tensor that broadcasts to [...].
+
+    Returns:
+        bool [..., V]. It does not depend on what else is in the batch.
+
+    Raises:
+        ValueError: shapes, dtypes or values that do not fit.
+        NotImplementedError: use inside a compiled region.
+    """
+    name = "kept_set"
+    refuse_compiling(name)
+    _check_logits(name, logits)
+    tau = flat_temperature(name, temperature, logits, logits.shape[:-1])
+    return _kept_set(name, logits, tau, top_k, top_p).reshape(logits.shape)
+
+
+def truncated_entropy(
+    logits: Tensor,
+    targets: Tensor | None = None,
+    *,
+    top_k: int | Tensor | None = None,
+    top_p: float | Tensor | None = None,
+    kept: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    ignore_index: int = -100,
+) -> TruncatedEntropy:
+    r"""H(p_S/s) and log p_y − log s of the policy that a sampler with top-k and top-p draws from; p = softmax(z/τ), s = Σ_S p.
+
+    With ε = 1 − s the parts obey H(p) = s·entropy + ε·tail_entropy − s log s − ε log ε exactly (docs/theory.md, section 3).
+    Differentiable twice with respect to the logits in every mix of forward and reverse mode, with S held fixed.
+
+    Args:
+        logits: [..., V], float64/32/16 or bfloat16. Entries of −inf have probability zero.
+        targets: [...], integer, or None for no logprob. Where it equals `ignore_index`, logprob is 0 with zero gradient; outside
+            S it is −inf with zero gradient.
+        top_k: as in `kept_set`.
+        top_p: as in `kept_set`.
+        kept: S itself, bool [..., V], instead of top_k and top_p: to replay the set that a sample was drawn from.
+        temperature: τ > 0, a number or a tensor that broadcasts to [...]; not differentiable.
+        ignore_index: the target that means "none".
+
+    Returns:
+        TruncatedEntropy(entropy, logprob, kept_mass s, kept_count |S|, tail_entropy H(p_tail/ε), full_entropy H(p)), each [...], in
+        nats; float64 for float64 logits, float32 otherwise; kept_count int64. Where nothing of positive probability is cut off,
+        tail_entropy is 0 (so that the identity holds) and s is 1; where nothing of it is kept, entropy and logprob are NaN and s is 0.
+
+    Raises:
+        ValueError: shapes, dtypes, temperature, targets, top_k or top_p that do not fit, or a set given twice.
+        NotImplementedError: a third derivative, or use inside a compiled region.
+    """
+    name = "truncated_entropy"
+    refuse_compiling(name)
+    _check_logits(name, logits)
+    shape, V = logits.shape[:-1], logits.shape[-1]
+    y = flat_targets(name, targets, shape, V, ignore_index, logits.device)
+    tau = flat_temperature(name, temperature, logits, shape)
+    if kept is None:
+        S = _kept_set(name, logits, tau, top_k, top_p)
+    else:
+        S = _replayed(name, logits, kept, top_k, top_p)
+    z = logits.reshape(-1, V)
+    parts = _parts(z.to(compute_dtype(z.dtype)), S, y, tau)
+    result = TruncatedEntropy(*(x.reshape(shape) for x in parts))
+    return result if targets is not None else result._replace(logprob=None)
+
+
+def _parts(z: Tensor, S: Tensor, y: Tensor, tau: Tensor) -> tuple[Tensor, ...]:
+    none = torch.full_like(y, -1)
+    y_column = y.clamp_min(0).unsqueeze(-1)
+    cut = (y >= 0) & ~S.gather(-1, y_column).squeeze(-1)
+    peak = z.detach().amax(-1, keepdim=True)
+    c = z - torch.where(peak.isfinite(), peak, 0.0)
+    full_entropy = _Values.apply(z, none, tau)[0]
+
+    entropy, logprob, lse, _ = _Values.apply(torch.where(S, c, -torch.inf), torch.where(cut, -1, y), tau)
+    logprob = torch.where(cut, torch.where(entropy.isnan(), torch.nan, -torch.inf), logprob)
+    undefined = ((~S | (z == -torch.inf)).all(-1)) & peak.isfinite().squeeze(-1)
+    lse = torch.where(undefined, -torch.inf, lse)
+
+    # Of the tail: lse = c_y − log p_y at its likeliest token y. A row without a tail stands in for it, with weight 0.
+    no_tail = truncated.without_tail(z, S)
+    z_tail = torch.where(S & ~no_tail.unsqueeze(-1), -torch.inf, z)
+    likeliest = z_tail.detach().argmax(-1)
+    tail_entropy, tail_logprob, _, _ = _Values.apply(z_tail, likeliest, tau)
+    tail_lse = c.gather(-1, likeliest.unsqueeze(-1)).squeeze(-1) / tau - tail_logprob
+    tail_lse = torch.where(no_tail, -torch.inf, tail_lse)
+    tail_entropy = torch.where(no_tail, 0.0, tail_entropy)
+    return entropy, logprob, (lse - tail_lse).sigmoid(), S.sum(-1), tail_entropy, full_entropy
+
+
+def _check_logits(name: str, logits: Tensor) -> None:
+    if not logits.is_floating_point() or logits.dim() == 0 or logits.shape[-1] == 0:
+        raise ValueError(
+            f"{name}: logits must be a floating-point tensor [..., V] with V > 0, got {logits.dtype} of shape {tuple(logits.shape)}."
+        )
+
+
+def _replayed(name: str, logits: Tensor, kept: Tensor, top_k: object, top_p: object) -> Tensor:
+    if top_k is not None or top_p is not None:
+        raise ValueError(
+            f"{name}: kept is the set itself, got top_k or top_p beside it; pass the set, or what defines it."
+        )
+    if kept.dtype != torch.bool or kept.shape != logits.shape:
+        raise ValueError(
+            f"{name}: kept must be bool of the logits' shape {tuple(logits.shape)}, got {kept.dtype} of shape {tuple(kept.shape)}."
+        )
+    return kept.reshape(-1, kept.shape[-1])
+
+
+def _kept_set(
+    name: str, logits: Tensor, tau: Tensor, top_k: int | Tensor | None, top_p: float | Tensor | None
+) -> Tensor:
+    """S, bool [R, V]."""
+    shape, V = logits.shape[:-1], logits.shape[-1]
+    k = _per_row(name, "top_k", V if top_k is None else top_k, torch.int64, logits)
+    check_values(name, k < 0, k, "top_k must be positive, or 0 to keep every token; got {}.")
+    p = _per_row(name, "top_p", 1.0 if top_p is None else top_p, torch.float64, logits)
+    check_values(name, ~((p > 0) & (p <= 1)), p, "top_p must lie in (0, 1], got {}.")
+    k = torch.where(k == 0, V, k)
+    return _KeptSet.apply(logits.reshape(shape.numel(), V), tau, k, p)
+
+
+def _per_row(name: str, argument: str, value: Any, dtype: torch.dtype, logits: Tensor) -> Tensor:
+    """One number for each row, [R]."""
+    shape = logits.shape[:-1]
+    exact = torch.float64 if isinstance(value, float) else None
+    given = torch.as_tensor(value, device=logits.device, dtype=exact)
+    if given.dtype == torch.bool or (dtype == torch.int64 and given.is_floating_point()):
+        raise ValueError(
+            f"{name}: {argument} must be {'whole numbers' if dtype == torch.int64 else 'numbers'}, got {given.dtype}."
+        )
+    if given.requires_grad:
+        raise ValueError(
+            f"{name}: {argument} requires grad, but the kept set has no derivative; pass it detached."
+        )
+    try:
+        return given.to(dtype).expand(shape).reshape(-1)
+    except RuntimeError:
+        raise ValueError(
+            f"{name}: {argument} of shape {tuple(given.shape)} does not broadcast to the rows {tuple(shape)}; "
+            "pass a number or a tensor with one per row."
+        ) from None
