@@ -11,7 +11,7 @@ from `stats.coefficients` (docs/theory.md, sections 6 and 7).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, MutableMapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,6 +23,9 @@ from entropy_kernels.policy import MicroBatch, Parameters, Policy, TokenBatch, c
 
 _func: Any = torch.func  # its type stubs do not know that has_aux decides how many results there are
 Progress = Callable[[int], Any]  # called with the number of sequences just finished
+# Results of micro-batches by their number: what is there is not computed again, what is computed is put there. A sum over
+# micro-batches puts the sum so far, which goes on changing: a mapping that keeps tensors copies them.
+Parts = MutableMapping[int, tuple[Tensor, ...]]
 
 
 class TokenStats(NamedTuple):
@@ -52,13 +55,16 @@ class TokenCurvature(NamedTuple):
     d2_logprob: Tensor
 
 
-def token_stats(policy: Policy, batch: TokenBatch, *, progress: Progress | None = None) -> TokenStats:
+def token_stats(
+    policy: Policy, batch: TokenBatch, *, progress: Progress | None = None, parts: Parts | None = None
+) -> TokenStats:
     """H and S of every response token: one forward pass.
 
     Args:
         policy: the model and its parameters.
         batch: sequences, [N, T].
         progress: called after each micro-batch with its number of sequences.
+        parts: micro-batches that are finished already; new ones are added.
 
     Returns:
         TokenStats, [N, T], in the policy's dtype.
@@ -71,11 +77,16 @@ def token_stats(policy: Policy, batch: TokenBatch, *, progress: Progress | None 
         with torch.no_grad():
             return policy.rows(policy.params, micro)
 
-    return TokenStats(*_on_grid(policy, batch, values, 2, progress))
+    return TokenStats(*_on_grid(policy, batch, values, 2, progress, parts))
 
 
 def token_tangents(
-    policy: Policy, batch: TokenBatch, direction: Parameters, *, progress: Progress | None = None
+    policy: Policy,
+    batch: TokenBatch,
+    direction: Parameters,
+    *,
+    progress: Progress | None = None,
+    parts: Parts | None = None,
 ) -> TokenTangents:
     """H, S and H' = ∇H·v, S' = ∇S·v of every response token: one forward-mode pass, about three forward passes.
 
@@ -84,6 +95,7 @@ def token_tangents(
         batch: sequences, [N, T].
         direction: v by parameter name, shapes and dtypes of the parameters.
         progress: called after each micro-batch with its number of sequences.
+        parts: micro-batches that are finished already; new ones are added.
 
     Returns:
         TokenTangents, [N, T], in the policy's dtype.
@@ -97,11 +109,16 @@ def token_tangents(
         primal, tangent = _func.jvp(lambda p: policy.rows(p, micro), (policy.params,), (direction,))
         return *primal, *tangent
 
-    return TokenTangents(*_on_grid(policy, batch, values, 4, progress))
+    return TokenTangents(*_on_grid(policy, batch, values, 4, progress, parts))
 
 
 def token_curvature(
-    policy: Policy, batch: TokenBatch, direction: Parameters, *, progress: Progress | None = None
+    policy: Policy,
+    batch: TokenBatch,
+    direction: Parameters,
+    *,
+    progress: Progress | None = None,
+    parts: Parts | None = None,
 ) -> TokenCurvature:
     """H, S with first and second derivatives along v: forward over forward, about nine forward passes.
 
@@ -120,7 +137,7 @@ def token_curvature(
         lower, upper = _func.jvp(first, (policy.params,), (direction,))
         return *lower, *upper[2:]
 
-    return TokenCurvature(*_on_grid(policy, batch, values, 6, progress))
+    return TokenCurvature(*_on_grid(policy, batch, values, 6, progress, parts))
 
 
 def token_gradient(
@@ -130,6 +147,7 @@ def token_gradient(
     entropy_weight: Tensor | None = None,
     logprob_weight: Tensor | None = None,
     progress: Progress | None = None,
+    parts: Parts | None = None,
 ) -> Parameters:
     """Σ_ik (q_ik ∇H_ik + g_ik ∇S_ik): one backward pass with the weights as cotangents.
 
@@ -139,6 +157,7 @@ def token_gradient(
         entropy_weight: q [N, T], or None for zero.
         logprob_weight: g [N, T], or None for zero. The gradient of a policy-gradient loss has g = −ω·A.
         progress: called after each micro-batch with its number of sequences.
+        parts: the sum over the micro-batches that are finished already; new sums are added.
 
     Returns:
         The gradient by parameter name, in the policy's dtype.
@@ -151,7 +170,7 @@ def token_gradient(
         weights = tuple(_at(micro, w, policy) for w in (entropy_weight, logprob_weight))
         return _pulled_back(policy, micro, policy.params, weights)
 
-    return _summed(policy, batch, part, progress)
+    return _summed(policy, batch, part, progress, parts)
 
 
 def entropy_gradient(
@@ -240,12 +259,22 @@ def _pulled_back(
 
 
 def _summed(
-    policy: Policy, batch: TokenBatch, part: Callable[[MicroBatch], Parameters], progress: Progress | None
+    policy: Policy,
+    batch: TokenBatch,
+    part: Callable[[MicroBatch], Parameters],
+    progress: Progress | None,
+    parts: Parts | None = None,
 ) -> Parameters:
+    done = -1 if parts is None else max(parts, default=-1)
     total = {name: torch.zeros_like(p) for name, p in policy.params.items()}
-    for micro in micro_batches(policy, batch):
-        for name, x in part(micro).items():
-            total[name] += x
+    if parts is not None and done >= 0:
+        total = {name: x.to(policy.device) for name, x in zip(total, parts[done], strict=True)}
+    for number, micro in enumerate(micro_batches(policy, batch)):
+        if number > done:
+            for name, x in part(micro).items():
+                total[name] += x
+            if parts is not None:
+                parts[number] = tuple(total.values())
         _tick(progress, micro)
     return total
 
@@ -256,11 +285,18 @@ def _on_grid(
     values: Callable[[MicroBatch], tuple[Tensor, ...]],
     count: int,
     progress: Progress | None,
+    parts: Parts | None = None,
 ) -> Iterator[Tensor]:
     grids = [torch.zeros(batch.input_ids.shape, dtype=policy.dtype) for _ in range(count)]
-    for micro in micro_batches(policy, batch):
-        for grid, rows in zip(grids, values(micro), strict=True):
-            grid[micro.destination] = rows.detach().to("cpu")
+    for number, micro in enumerate(micro_batches(policy, batch)):
+        if parts is not None and number in parts:
+            found = parts[number]
+        else:
+            found = tuple(rows.detach().to("cpu") for rows in values(micro))
+            if parts is not None:
+                parts[number] = found
+        for grid, rows in zip(grids, found, strict=True):
+            grid[micro.destination] = rows
         _tick(progress, micro)
     return iter(grids)
 

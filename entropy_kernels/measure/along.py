@@ -18,10 +18,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .. import stats
-from ..derivatives import token_curvature, token_stats, token_tangents
+from ..derivatives import Parts, token_curvature, token_stats, token_tangents
 from ..policy import Parameters, Policy, TokenBatch
 from ..rl.rollouts import Rollouts
 from .config import MeasureConfig
+from .store import NOWHERE, Store
 
 FIRST_NODES, MOST_NODES = 5, 16
 COST = {"values": 1, "tangents": 3, "curvature": 9}  # in forward passes, for the progress bar
@@ -46,9 +47,10 @@ class Along:
         batch: TokenBatch,
         etas: tuple[float, ...],
         progress: bool,
+        store: Store = NOWHERE,
     ) -> None:
         self.config, self.policy, self.direction = config, policy, direction
-        self.batch, self.etas = batch, etas
+        self.batch, self.etas, self.store = batch, etas, store
         self.mask = batch.response_mask.numpy()
         self.prompt = batch.prompt_index.numpy()
         passes = COST["curvature" if config.second_order else "tangents"]
@@ -63,12 +65,15 @@ class Along:
         self.curvature: stats.TokenCurvature | None = None
         weighted = {name: (lambda n, cost=cost: tick(cost * n)) for name, cost in COST.items()}
         if self.config.second_order:
-            found: Any = token_curvature(
-                self.policy, self.batch, self.direction, progress=weighted["curvature"]
+            found = self._kept(
+                "curvature",
+                lambda parts: token_curvature(
+                    self.policy, self.batch, self.direction, progress=weighted["curvature"], parts=parts
+                ),
             )
-            self.curvature = stats.TokenCurvature(_array(found.d2_entropy), _array(found.d2_logprob))
+            self.curvature = stats.TokenCurvature(found["d2_entropy"], found["d2_logprob"])
         else:
-            found = token_tangents(self.policy, self.batch, self.direction, progress=weighted["tangents"])
+            found = self._tangents("tangents", self.policy, weighted["tangents"])
         self.base = _moved(0.0, found)
         self.base_sums = self.sums(self.base, curvature=self.curvature)
         self.direct: dict[float, stats.TokenValues] = {}
@@ -78,8 +83,8 @@ class Along:
                 moved = self.policy.shifted(self.direction, eta)
                 if eta:
                     self.rounding[eta] = rounding(self.policy, moved, self.direction, eta)
-                values = token_stats(moved, self.batch, progress=weighted["values"])
-                self.direct[eta] = stats.TokenValues(_array(values.entropy), _array(values.logprob))
+                values = self._values(eta, moved, weighted["values"])
+                self.direct[eta] = stats.TokenValues(values["entropy"], values["logprob"])
         self.nodes: list[Moved] = []
         if self.config.truth != "direct":
             self._integrate(weighted["tangents"])
@@ -106,12 +111,26 @@ class Along:
                 return
 
     def _add_node(self, eta: float, tick: Callable[[int], Any]) -> None:
-        found = token_tangents(
-            self.policy.shifted(self.direction, eta), self.batch, self.direction, progress=tick
-        )
+        found = self._tangents(f"node_{eta!r}", self.policy.shifted(self.direction, eta), tick)
         node = _moved(eta, found)
         self.nodes.append(node)
         self.node_sums.append(self.sums(node))
+
+    def _tangents(self, name: str, policy: Policy, tick: Callable[[int], Any]) -> dict[str, np.ndarray]:
+        return self._kept(
+            name,
+            lambda parts: token_tangents(policy, self.batch, self.direction, progress=tick, parts=parts),
+        )
+
+    def _values(self, eta: float, moved: Policy, tick: Callable[[int], Any]) -> dict[str, np.ndarray]:
+        return self._kept(
+            f"values_{eta!r}", lambda parts: token_stats(moved, self.batch, progress=tick, parts=parts)
+        )
+
+    def _kept(self, name: str, evaluate: Callable[[Parts | None], Any]) -> dict[str, np.ndarray]:
+        """What is evaluated at one point, by name in float64; a run that goes on reads what it has."""
+        found = self.store.in_parts(name, lambda parts: evaluate(parts)._asdict())
+        return {key: x.numpy().astype(np.float64) for key, x in found.items()}
 
     def _size(self, weights: np.ndarray, eta: float) -> float:
         """What the integrated truth's error is relative to: the change, or its linear part where the change is nearly zero."""
@@ -266,14 +285,10 @@ def bar(show: bool, what: str, total: int) -> Iterator[Callable[[int], Any]]:
         yield shown.update
 
 
-def _moved(eta: float, found: Any) -> Moved:
-    """The values and tangents in a TokenTangents or TokenCurvature."""
+def _moved(eta: float, found: dict[str, np.ndarray]) -> Moved:
+    """The values and tangents among what was evaluated."""
     return Moved(
         eta,
-        stats.TokenValues(_array(found.entropy), _array(found.logprob)),
-        stats.TokenTangents(_array(found.d_entropy), _array(found.d_logprob)),
+        stats.TokenValues(found["entropy"], found["logprob"]),
+        stats.TokenTangents(found["d_entropy"], found["d_logprob"]),
     )
-
-
-def _array(x: Tensor) -> np.ndarray:
-    return x.numpy().astype(np.float64)

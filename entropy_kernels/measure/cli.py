@@ -11,6 +11,9 @@ from importlib import import_module
 
 from ..errors import CertificationError, UserError
 from .config import CHOICES, MeasureConfig, output_directory
+from .output import finished_report, working_in
+from .stopping import Stopped, stoppable
+from .store import close_store
 
 _EPILOG = """
 Without any argument the embedded demo is measured. A typical run:
@@ -63,6 +66,7 @@ def parser() -> argparse.ArgumentParser:
         metavar="WHICH",
     )
     add(what, "--output", "directory for the report (default: entropy_report)")
+    add(what, "--resume", "go on with the run that was stopped in --output", action="store_true")
 
     data = p.add_argument_group("prompts and samples")
     add(data, "--dataset", "hub id, or a .json, .jsonl or .parquet file of prompts")
@@ -132,7 +136,7 @@ def config_from(arguments: Sequence[str]) -> MeasureConfig:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit status: 0, 1 for what a user can mend, 130 when interrupted."""
+    """Run the command line; returns the exit status: 0, 1 for what a user can mend, 130 or 143 when it was stopped."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     if given and given[0] in COMMANDS:
         run = import_module(f".{COMMANDS[given[0]]}", __package__).run
@@ -143,30 +147,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def guarded(run: Callable[[Sequence[str]], int], arguments: Sequence[str]) -> int:
     """The exit status of a command; what a user can mend is said in one paragraph."""
     try:
-        return run(arguments)
+        with stoppable():
+            return run(arguments)
     except (UserError, CertificationError) as error:
         print(textwrap.fill(f"error: {error}", width=110, break_long_words=False), file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        print(
-            "\ninterrupted; the rollouts sampled so far are in the output directory if sampling had finished.",
-            file=sys.stderr,
-        )
-        return 130
+    except KeyboardInterrupt as stop:
+        return stop.code if isinstance(stop, Stopped) else 130
 
 
 def measure(arguments: Sequence[str]) -> int:
     """The command without a name: one step."""
     config = config_from(arguments)
     directory = output_directory(config)
-    directory.mkdir(parents=True, exist_ok=True)
-    from transformers.utils import logging
+    result = finished_report(config, directory)
+    if result is None:
+        with working_in(directory):
+            from transformers.utils import logging
 
-    from .steps import measure_step, with_output
+            from .steps import measure_step, with_output
 
-    logging.disable_progress_bar()  # one bar at a time: ours
-    result = measure_step(with_output(config, str(directory)), directory=str(directory))
-    page = result.save(directory)
+            logging.disable_progress_bar()  # one bar at a time: ours
+            result = measure_step(with_output(config, str(directory)), directory=str(directory))
+            result.save(directory)
+            close_store(directory)
     print(result.summary())
-    print(f"\nreport: {page}")
+    print(f"\nreport: {directory / 'report.html'}")
     return 0

@@ -17,6 +17,7 @@ CHOICES = {
     "truth": ("direct", "integrated", "both"),
     "precision": ("float32", "float64"),
 }
+ATTEMPT = ("resume",)  # choices of how to run, which no number depends on
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +45,7 @@ class MeasureConfig:
         integration_rtol: nodes are added until the quadrature error of the integrated truth is below this share of it.
         precision: dtype of weights and arithmetic. device: None for a GPU where there is one.
         micro_batch_tokens: tokens in one micro-batch; less needs less memory. sample_batch: completions sampled at once.
-        output: directory for the report.
+        output: directory for the report. resume: go on with the run that was stopped there.
     """
 
     model: str | None = None
@@ -82,6 +83,7 @@ class MeasureConfig:
     micro_batch_tokens: int = 2048
     sample_batch: int = 64
     output: str | None = None
+    resume: bool = False
 
     def __post_init__(self) -> None:
         """Refuse what cannot be measured before anything is loaded."""
@@ -157,26 +159,30 @@ class MeasureConfig:
         return cls(**{**settings, **changes})  # type: ignore[arg-type]
 
     def to_json(self) -> dict[str, object]:
-        """The choices by name, for the report."""
-        found = {f.name: getattr(self, f.name) for f in fields(self)}
+        """The choices by name, for the report; not those of one attempt to run it."""
+        found = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ATTEMPT}
         return {name: list(value) if isinstance(value, tuple) else value for name, value in found.items()}
 
 
 def output_directory(config: MeasureConfig) -> Path:
     """The directory for the report: the one asked for if it holds no report yet, else the first free `entropy_report-N`.
 
+    With `resume` it is the one asked for, whatever a run has left in it.
+
     Raises:
-        UserError: the directory asked for holds a report already, or is a file.
+        UserError: the directory asked for holds a report already, or is a file; `resume` without a directory.
     """
     if config.output is not None:
         path = Path(config.output)
         if path.exists() and not path.is_dir():
             raise UserError(f"output: {path} is a file, expected a directory; choose another name.")
-        if (path / "report.json").exists():
+        if (path / "report.json").exists() and not config.resume:
             raise UserError(
                 f"output: {path} holds a report already, which is kept; choose another directory or remove it."
             )
         return path
+    if config.resume:
+        raise UserError("resume: of which run? Pass --output with the directory of the run that was stopped.")
     number = 1
     while (path := Path("entropy_report" if number == 1 else f"entropy_report-{number}")).exists():
         number += 1

@@ -30,6 +30,7 @@ from ..rl.rollouts import Rollouts
 from ..updates import OptimizerState, UpdateDirection, update_direction
 from .along import bar
 from .config import RULES, MeasureConfig
+from .store import NOWHERE, Store
 
 
 def load_state(config: MeasureConfig, policy: Policy) -> tuple[OptimizerState, StepInfo | None]:
@@ -125,6 +126,7 @@ def get_update(
     batch: TokenBatch,
     eta: float,
     progress: bool,
+    store: Store = NOWHERE,
 ) -> UpdateDirection:
     """The gradient of the loss on U, −Σ ω A ∇S, and the direction the optimizer makes of it."""
     assert U.advantage is not None  # get_rollouts saw to it
@@ -142,7 +144,12 @@ def get_update(
     )
     weight = -omega.double() * advantage.unsqueeze(1)
     with policy.as_trained(), bar(progress, "update gradient", len(U)) as tick:
-        gradient = token_gradient(policy, batch, logprob_weight=weight, progress=tick)
+        gradient = store.in_parts(
+            "gradient",
+            lambda parts: token_gradient(policy, batch, logprob_weight=weight, progress=tick, parts=parts),
+            running=True,
+        )
+    gradient = {name: x.to(policy.device) for name, x in gradient.items()}
     return update_direction(
         gradient, state, rule=config.update, lr=eta, max_grad_norm=config.max_grad_norm or None
     )

@@ -13,28 +13,25 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import torch
 
 from ..certify import certify
 from ..checkpoints import StepInfo
-from ..derivatives import token_stats, token_tangents
+from ..derivatives import token_tangents
 from ..errors import UserError
-from ..policy import Policy, TokenBatch
+from ..policy import Policy
 from ..report import Result
-from ..rl.advantages import degenerate_groups
-from ..rl.rollouts import Rollouts
-from ..rl.sampling import sample_rollouts
-from ..rl.tasks import load_prompts, resolve_reward, split_prompts
+from ..rl.tasks import resolve_reward
 from ..selection import count_parameters
-from .along import Along, bar, logprob_mismatch
+from .along import Along, bar
 from .config import MeasureConfig
-from .direction import describe_update, get_update, load_state, read_direction, replayed
+from .direction import describe_update, get_update, load_state, read_direction
+from .identity import identity
+from .samples import batch_of, check_samples, describe, get_rollouts
+from .store import open_store
 from .writing import environment, token_table, write_update
-
-_MISMATCH_ALLOWED = 0.05  # mean |difference| of log-probs, nats, between a sampler and the policy
 
 
 def measure_step(config: MeasureConfig, *, directory: str | None = None, progress: bool = True) -> Result:
@@ -42,7 +39,8 @@ def measure_step(config: MeasureConfig, *, directory: str | None = None, progres
 
     Args:
         config: what to measure.
-        directory: where to write rollouts and the update as soon as they exist; None writes nothing.
+        directory: where to write rollouts and the update as soon as they exist, and what a run that is stopped can go on from
+            (config.resume); None writes nothing.
         progress: whether to say on stderr how far it is: bars on a terminal, and a line per finished stage.
 
     Returns:
@@ -53,6 +51,7 @@ def measure_step(config: MeasureConfig, *, directory: str | None = None, progres
         CertificationError: the model's derivatives are wrong, naming the layer.
     """
     resolve_reward(config.reward)  # a wrong name is said before anything is loaded
+    store = open_store(directory, identity(config), resume=config.resume)
     clock = _Clock(progress)
     progress = progress and sys.stderr.isatty()  # bars need a terminal; lines per stage do not
     with exact_arithmetic():
@@ -62,37 +61,42 @@ def measure_step(config: MeasureConfig, *, directory: str | None = None, progres
             eta_checkpoint, etas = choose_etas(config, info)
             surroundings = environment(policy)
         with clock("certify"):
-            certificate = certify(policy)
+            certificate = store.json("certify", lambda: certify(policy).to_json())
         with clock("rollouts"):
-            U, E = get_rollouts(config, policy, directory, progress)
+            U, E = get_rollouts(config, policy, directory, progress, store)
             batch_e = batch_of(E)
-            check_samples(policy, E, batch_e, "rollouts_e", config.rollouts_e)
+            check_samples(policy, E, batch_e, "rollouts_e", config.rollouts_e, store)
         with clock("update"):
             if U is None:
                 update = read_direction(config, policy, eta_checkpoint)
             else:
                 batch_u = batch_of(U)
-                check_samples(policy, U, batch_u, "rollouts_u", config.rollouts_u)
-                update = get_update(config, policy, state, U, batch_u, eta_checkpoint, progress)
+                check_samples(policy, U, batch_u, "rollouts_u", config.rollouts_u, store)
+                update = get_update(config, policy, state, U, batch_u, eta_checkpoint, progress, store)
             direction, about_update = update.direction, describe_update(config, update, eta_checkpoint, info)
             del state, update  # moments and parts are several times the model
             if directory is not None:
                 write_update(directory, direction)
         with clock("entropy"):
-            along = Along(config, policy, direction, batch_e, etas, progress)
+            along = Along(config, policy, direction, batch_e, etas, progress, store)
         tables = {
             "rollouts_e": E.to_table(),
             "tokens_e": token_table(batch_e, policy.tokenizer, along.token_columns()),
         }
         if U is not None:
             with clock("tokens of U"), bar(progress, "update tokens", len(U)) as tick:
-                tokens_u = token_tangents(policy, batch_u, direction, progress=tick)
+                tokens_u = store.in_parts(
+                    "tokens_u",
+                    lambda parts: token_tangents(
+                        policy, batch_u, direction, progress=tick, parts=parts
+                    )._asdict(),
+                )
             tables["rollouts_u"] = U.to_table()
-            tables["tokens_u"] = token_table(batch_u, policy.tokenizer, tokens_u._asdict())
+            tables["tokens_u"] = token_table(batch_u, policy.tokenizer, tokens_u)
     report = {
         "config": {**config.to_json(), "learning_rate": eta_checkpoint, "etas": list(etas)},
         "environment": surroundings,
-        "certify": certificate.to_json(),
+        "certify": certificate,
         "parameters": {
             "selected": config.parameters,
             **count_parameters(policy.model, policy.params),
@@ -142,110 +146,6 @@ def choose_etas(config: MeasureConfig, info: StepInfo | None) -> tuple[float, tu
     nearest = int(np.abs(np.log(grid / eta))[1:-1].argmin()) + 1
     grid[nearest] = eta
     return eta, tuple(float(x) for x in grid)
-
-
-def get_rollouts(
-    config: MeasureConfig, policy: Policy, directory: str | None, progress: bool
-) -> tuple[Rollouts | None, Rollouts]:
-    """U with rewards and advantages, and E: read from Parquet or sampled from exactly π; saved as soon as they exist.
-
-    U is None where the direction is read and needs no batch.
-    """
-    wanted = replayed(config)
-    u = None if config.rollouts_u is None else Rollouts.load(config.rollouts_u)
-    e = None if config.rollouts_e is None else Rollouts.load(config.rollouts_e)
-    need_u = wanted and u is None
-    if need_u or e is None:
-        assert config.dataset is not None  # the configuration saw to it
-        prompts = load_prompts(
-            config.dataset,
-            tokenizer=policy.tokenizer,
-            prompt_column=config.prompt_column,
-            answer_column=config.answer_column,
-            chat_template=config.chat_template,
-            config=config.dataset_config,
-            split=config.dataset_split,
-        )
-        used = {ids for rollouts in (u, e) if rollouts is not None for ids in rollouts.prompt_ids}
-        prompts = [p for p in prompts if tuple(p.token_ids) not in used]  # U and E share no prompt
-        reward = resolve_reward(config.reward)
-        answers = {prompt.prompt_id: prompt.answer for prompt in prompts}
-        chosen_u, chosen_e = split_prompts(
-            prompts,
-            config.prompts_u if need_u else 0,
-            config.prompts_e if e is None else 0,
-            config.seed,
-        )
-
-        def sample(chosen: Any, group_size: int, seed: int) -> Rollouts:
-            drawn = sample_rollouts(
-                policy.model,
-                policy.tokenizer,
-                chosen,
-                group_size=group_size,
-                max_new_tokens=config.max_new_tokens,
-                temperature=config.temperature,
-                seed=seed,
-                batch_size=config.sample_batch,
-                progress=progress,
-            )
-            return drawn.with_rewards(reward, answers)
-
-        if need_u:
-            u = sample(chosen_u, config.group_size, config.seed)
-        if e is None:
-            e = sample(chosen_e, config.group_size_e, config.seed + 1)
-    if u is not None and u.advantage is None:
-        u = u.with_advantages(config.advantage)
-    if directory is not None:
-        if u is not None:
-            u.save(f"{directory}/rollouts_u.parquet")
-        e.save(f"{directory}/rollouts_e.parquet")
-    return u, e
-
-
-def batch_of(rollouts: Rollouts) -> TokenBatch:
-    """The rollouts as a padded batch."""
-    return TokenBatch(**rollouts.token_batch(0))
-
-
-def check_samples(
-    policy: Policy, rollouts: Rollouts, batch: TokenBatch, argument: str, path: str | None
-) -> None:
-    """Refuse completions from a file whose recorded log-probs are not this policy's; without log-probs nothing can be said.
-
-    Raises:
-        UserError: the mean difference is more than a sampler's arithmetic explains.
-    """
-    if path is None or rollouts.logprobs is None:
-        return
-    found = logprob_mismatch(
-        rollouts, token_stats(policy, batch).logprob.numpy(), batch.response_mask.numpy()
-    )
-    if not found <= _MISMATCH_ALLOWED:
-        raise UserError(
-            f"{argument}: the log-probs in {path} differ from the policy's by {found:.3g} nats per token on average (at most "
-            f"{_MISMATCH_ALLOWED} is allowed): they were not sampled from this checkpoint at temperature {policy.temperature:g}. "
-            "Sample again, or pass the checkpoint and --temperature they were sampled with."
-        )
-
-
-def describe(rollouts: Rollouts) -> dict[str, Any]:
-    """Sizes and rewards of a batch of rollouts."""
-    groups = np.asarray(rollouts.group_index)
-    found: dict[str, Any] = {
-        "prompts": len(set(groups.tolist())),
-        "sequences": len(rollouts),
-        "tokens": sum(len(ids) for ids in rollouts.completion_ids),
-        "truncated_share": rollouts.truncated_share,
-    }
-    if rollouts.reward is not None:
-        found["mean_reward"] = float(np.mean(rollouts.reward))
-        alike, count = degenerate_groups(
-            torch.as_tensor(np.asarray(rollouts.reward)), torch.as_tensor(groups).long()
-        )
-        found["degenerate_groups_share"] = alike / count
-    return found
 
 
 def definitions(config: MeasureConfig) -> dict[str, str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import platform
 import subprocess
 from collections.abc import Mapping
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from ..functional.rows import backend
 from ..policy import Parameters, Policy, TokenBatch
+from .store import write_tensors
 
 _PACKAGES = ("entropy_kernels", "torch", "transformers", "numpy", "scipy", "triton")
 
@@ -41,12 +41,7 @@ def token_table(batch: TokenBatch, tokenizer: Any, columns: Mapping[str, Tensor]
 
 def write_update(directory: str, direction: Parameters) -> None:
     """The direction v, per unit of learning rate, to update.safetensors; complete or absent."""
-    from safetensors.torch import save_file
-
-    path = Path(directory) / "update.safetensors"
-    part = path.with_suffix(".part")
-    save_file({name: v.contiguous().cpu() for name, v in direction.items()}, part)
-    os.replace(part, path)
+    write_tensors(Path(directory) / "update.safetensors", direction)
 
 
 def environment(policy: Policy) -> dict[str, Any]:
@@ -65,6 +60,12 @@ def environment(policy: Policy) -> dict[str, Any]:
         },
         "git_commit": _commit(),
     }
+
+
+def code() -> dict[str, str | None]:
+    """The versions that numbers depend on, and the commit, by name."""
+    versions = {f"version of {name}": _version(name) for name in ("entropy_kernels", "torch", "transformers")}
+    return {**versions, "git commit": _commit()}
 
 
 def _version(package: str) -> str | None:

@@ -5,7 +5,7 @@ Source: docs/theory.md, section 1. N completions, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, MutableMapping, Sequence
 from contextlib import contextmanager
 from hashlib import blake2b
 from typing import TYPE_CHECKING, Any
@@ -37,6 +37,7 @@ def sample_rollouts(
     batch_size: int,
     eos_token_ids: Sequence[int] | None = None,
     progress: bool = True,
+    parts: MutableMapping[int, tuple[Tensor, ...]] | None = None,
 ) -> Rollouts:
     r"""t_k ~ π(· | t_<k, p) = softmax(z/τ), ``group_size`` completions of every prompt.
 
@@ -62,6 +63,7 @@ def sample_rollouts(
         eos_token_ids: tokens that end a completion; None: those of ``model.generation_config``, else of the
             tokenizer; an empty sequence: none, every completion has full length.
         progress: show a bar counting tokens, with the time left if nothing stops early.
+        parts: batches that were drawn already, by their number; new ones are added.
 
     Returns:
         Rollouts ordered by (group, sample), with the log-probs under π.
@@ -91,27 +93,34 @@ def sample_rollouts(
         _bare(model),
         tqdm(total=len(rows) * max_new_tokens, unit="token", desc="sampling", disable=not progress) as bar,
     ):
-        for start in range(0, len(todo), batch_size):
+        for number, start in enumerate(range(0, len(todo), batch_size)):
             batch = todo[start : start + batch_size]
-            drawer = _Draw(
-                _uniforms(seed, [(prompts[rows[i][0]].prompt_id, rows[i][1]) for i in batch], max_new_tokens),
-                temperature,
-                bar,
-            )
-            ids, mask = _left_padded([prompts[rows[i][0]].token_ids for i in batch], pad, model.device)
-            out = generate(
-                input_ids=ids,
-                attention_mask=mask,
-                generation_config=settings,
-                logits_processor=LogitsProcessorList([drawer]),
-            )
-            drawn = out[:, ids.shape[1] :].tolist()
-            recorded = torch.stack(drawer.logprobs, dim=1).cpu().numpy()
-            for row, i in enumerate(batch):
-                length = next((k + 1 for k, token in enumerate(drawn[row]) if token in eos), len(drawn[row]))
-                completions[i] = tuple(drawn[row][:length])
-                logprobs[i] = recorded[row, :length].astype(np.float32)
-            bar.total -= len(batch) * (max_new_tokens - len(drawer.logprobs))
+            if parts is not None and number in parts:
+                drawn = parts[number]
+                bar.total -= len(batch) * max_new_tokens
+            else:
+                drawer = _Draw(
+                    _uniforms(
+                        seed, [(prompts[rows[i][0]].prompt_id, rows[i][1]) for i in batch], max_new_tokens
+                    ),
+                    temperature,
+                    bar,
+                )
+                ids, mask = _left_padded([prompts[rows[i][0]].token_ids for i in batch], pad, model.device)
+                out = generate(
+                    input_ids=ids,
+                    attention_mask=mask,
+                    generation_config=settings,
+                    logits_processor=LogitsProcessorList([drawer]),
+                )
+                drawn = out[:, ids.shape[1] :].cpu(), torch.stack(drawer.logprobs, dim=1).cpu().float()
+                if parts is not None:
+                    parts[number] = drawn
+                bar.total -= len(batch) * (max_new_tokens - len(drawer.logprobs))
+            for i, tokens, recorded in zip(batch, drawn[0].tolist(), drawn[1].numpy(), strict=True):
+                length = next((k + 1 for k, token in enumerate(tokens) if token in eos), len(tokens))
+                completions[i] = tuple(tokens[:length])
+                logprobs[i] = recorded[:length]
             bar.refresh()
 
     return Rollouts(

@@ -1,0 +1,139 @@
+"""The update batch U and the held-out batch E: sampled from exactly π, or read from files and checked against it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..derivatives import token_stats
+from ..errors import UserError
+from ..policy import Policy, TokenBatch
+from ..rl.advantages import degenerate_groups
+from ..rl.rollouts import Rollouts
+from ..rl.sampling import sample_rollouts
+from ..rl.tasks import Prompt, load_prompts, resolve_reward, split_prompts
+from .along import logprob_mismatch
+from .config import MeasureConfig
+from .direction import replayed
+from .store import NOWHERE, Store
+
+_MISMATCH_ALLOWED = 0.05  # mean |difference| of log-probs, nats, between a sampler and the policy
+
+
+def get_rollouts(
+    config: MeasureConfig, policy: Policy, directory: str | None, progress: bool, store: Store = NOWHERE
+) -> tuple[Rollouts | None, Rollouts]:
+    """U with rewards and advantages, and E: read from Parquet or sampled from exactly π; saved as soon as they exist.
+
+    U is None where the direction is read and needs no batch.
+    """
+    wanted = replayed(config)
+    u = None if config.rollouts_u is None else Rollouts.load(config.rollouts_u)
+    e = None if config.rollouts_e is None else Rollouts.load(config.rollouts_e)
+    need_u = wanted and u is None
+    if need_u or e is None:
+        assert config.dataset is not None  # the configuration saw to it
+        prompts = load_prompts(
+            config.dataset,
+            tokenizer=policy.tokenizer,
+            prompt_column=config.prompt_column,
+            answer_column=config.answer_column,
+            chat_template=config.chat_template,
+            config=config.dataset_config,
+            split=config.dataset_split,
+        )
+        used = {ids for rollouts in (u, e) if rollouts is not None for ids in rollouts.prompt_ids}
+        prompts = [p for p in prompts if tuple(p.token_ids) not in used]  # U and E share no prompt
+        reward = resolve_reward(config.reward)
+        answers = {prompt.prompt_id: prompt.answer for prompt in prompts}
+        chosen_u, chosen_e = split_prompts(
+            prompts,
+            config.prompts_u if need_u else 0,
+            config.prompts_e if e is None else 0,
+            config.seed,
+        )
+
+        def sample(name: str, chosen: list[Prompt], group_size: int, seed: int) -> Rollouts:
+            file = store.file(f"{name}.parquet")
+            if file is not None and file.exists():
+                return Rollouts.load(file)
+            parts = store.parts(name)
+            drawn = sample_rollouts(
+                policy.model,
+                policy.tokenizer,
+                chosen,
+                group_size=group_size,
+                max_new_tokens=config.max_new_tokens,
+                temperature=config.temperature,
+                seed=seed,
+                batch_size=config.sample_batch,
+                progress=progress,
+                parts=parts,
+            ).with_rewards(reward, answers)
+            if file is not None:
+                drawn.save(file)
+            return drawn
+
+        if need_u:
+            u = sample("rollouts_u", chosen_u, config.group_size, config.seed)
+        if e is None:
+            e = sample("rollouts_e", chosen_e, config.group_size_e, config.seed + 1)
+    if u is not None and u.advantage is None:
+        u = u.with_advantages(config.advantage)
+    if directory is not None:
+        if u is not None:
+            u.save(f"{directory}/rollouts_u.parquet")
+        e.save(f"{directory}/rollouts_e.parquet")
+    return u, e
+
+
+def batch_of(rollouts: Rollouts) -> TokenBatch:
+    """The rollouts as a padded batch."""
+    return TokenBatch(**rollouts.token_batch(0))
+
+
+def check_samples(
+    policy: Policy,
+    rollouts: Rollouts,
+    batch: TokenBatch,
+    argument: str,
+    path: str | None,
+    store: Store = NOWHERE,
+) -> None:
+    """Refuse completions from a file whose recorded log-probs are not this policy's; without log-probs nothing can be said.
+
+    Raises:
+        UserError: the mean difference is more than a sampler's arithmetic explains.
+    """
+    if path is None or rollouts.logprobs is None:
+        return
+    values = store.in_parts(
+        f"check_{argument}", lambda parts: token_stats(policy, batch, parts=parts)._asdict()
+    )
+    found = logprob_mismatch(rollouts, values["logprob"].numpy(), batch.response_mask.numpy())
+    if not found <= _MISMATCH_ALLOWED:
+        raise UserError(
+            f"{argument}: the log-probs in {path} differ from the policy's by {found:.3g} nats per token on average (at most "
+            f"{_MISMATCH_ALLOWED} is allowed): they were not sampled from this checkpoint at temperature {policy.temperature:g}. "
+            "Sample again, or pass the checkpoint and --temperature they were sampled with."
+        )
+
+
+def describe(rollouts: Rollouts) -> dict[str, Any]:
+    """Sizes and rewards of a batch of rollouts."""
+    groups = np.asarray(rollouts.group_index)
+    found: dict[str, Any] = {
+        "prompts": len(set(groups.tolist())),
+        "sequences": len(rollouts),
+        "tokens": sum(len(ids) for ids in rollouts.completion_ids),
+        "truncated_share": rollouts.truncated_share,
+    }
+    if rollouts.reward is not None:
+        found["mean_reward"] = float(np.mean(rollouts.reward))
+        alike, count = degenerate_groups(
+            torch.as_tensor(np.asarray(rollouts.reward)), torch.as_tensor(groups).long()
+        )
+        found["degenerate_groups_share"] = alike / count
+    return found
