@@ -33,9 +33,9 @@ def working_in(directory: Path) -> Iterator[None]:
             _discard_if_empty(directory, new)
         raise
     except OSError as error:
-        if error.errno is None:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        if not full and not str(error.filename).startswith(str(directory)):
             raise
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         advice = "Make room there." if full else "Make it writable, or choose another directory."
         raise UserError(
             f"output: {directory} cannot be written to: {error.strerror}. {advice} Nothing in it is half-written. "
