@@ -19,6 +19,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -87,6 +88,9 @@ class UpdateDirection(NamedTuple):
             the clip factor alone otherwise.
         clip: min(1, max_grad_norm / (‖g‖ + 1e-6)); 1 without ``max_grad_norm``.
         gradient_norm: ‖g‖ over all parameters, before clipping.
+        marginal: clip · Q₀, the diagonal of −∂v/∂(unclipped g) before the clip's projection; empty where not asked for.
+        clip_axis: a = √(n/(n + 1e-6)) ĝ with n = ‖g‖ and ĝ = g/n, where the clip is active: −∂v/∂(unclipped g) =
+            (clip · Q₀)(1 − a aᵀ). Empty for an inactive clip or where not asked for.
     """
 
     direction: dict[str, Tensor]
@@ -95,6 +99,8 @@ class UpdateDirection(NamedTuple):
     gain: dict[str, float]
     clip: float
     gradient_norm: float
+    marginal: Mapping[str, Tensor] = MappingProxyType({})
+    clip_axis: Mapping[str, Tensor] = MappingProxyType({})
 
 
 def update_direction(
@@ -104,6 +110,7 @@ def update_direction(
     rule: str,
     lr: float | None = None,
     max_grad_norm: float | None = None,
+    marginal: bool = False,
 ) -> UpdateDirection:
     r"""−(m̂/(√v̂+ε) + λθ) for ``adamw``; −g/(√v̂+ε) for ``rmsprop``; −g for ``sgd``.
 
@@ -122,6 +129,13 @@ def update_direction(
 
     Clipping is that of ``torch.nn.utils.clip_grad_norm_``: g is scaled by min(1, max_grad_norm/(‖g‖+1e-6)).
 
+    How v answers to a change of the unclipped gradient, v̂ and clip moving too, is −(clip · Q₀)(1 − a aᵀ) with
+
+        Q₀ = (1−β₁)/(1−β₁ᵗ) P − (1−β₂)/(1−β₂ᵗ) m̂ g P²/√v̂        (the second term 0 where v̂ = 0),
+
+    g the clipped gradient (docs/theory.md, section 10). ``sgd`` has Q₀ = 1, ``rmsprop`` m̂ = g and a factor 1 or, with
+    ``square_avg``, 1 − α.
+
     Args:
         loss_gradient: name -> gradient of the loss −J, θ's shape, for every parameter of ``state`` and no
             other.
@@ -131,6 +145,7 @@ def update_direction(
             group's part is then scaled by its own rate over ``lr``. With one common rate v does not depend on
             it.
         max_grad_norm: clip threshold > 0, or None for no clipping.
+        marginal: whether to fill ``marginal`` and ``clip_axis`` too, up to two more tensors per parameter.
 
     Returns:
         UpdateDirection, on the device of each gradient.
@@ -153,12 +168,13 @@ def update_direction(
     direction: dict[str, Tensor] = {}
     preconditioner: dict[str, Tensor] = {}
     gain: dict[str, float] = {}
+    answer: dict[str, Tensor] = {}
     for name, raw in loss_gradient.items():
         theta = state.params[name].detach()
         dtype = torch.promote_types(_working_dtype(raw), _working_dtype(theta))
         g = raw.detach().to(dtype) * clip
         theta = theta.to(device=g.device, dtype=dtype)
-        momentum, gradient, decay, P, share = _one_parameter(name, g, theta, state, rule)
+        momentum, gradient, decay, P, share, slope = _one_parameter(name, g, theta, state, rule)
         parts["momentum"][name] = scale[name] * momentum
         parts["gradient"][name] = scale[name] * gradient
         parts["decay"][name] = scale[name] * decay
@@ -170,24 +186,31 @@ def update_direction(
                 "use eps > 0."
             )
         direction[name], preconditioner[name], gain[name] = v, P, scale[name] * clip * share
-    return UpdateDirection(direction, parts, preconditioner, gain, clip, norm)
+        if marginal:  # −m̂P is momentum + gradient
+            answer[name] = scale[name] * clip * (share * P + slope * g * P * (momentum + gradient))
+    axis: dict[str, Tensor] = {}
+    if marginal and clip < 1.0:
+        length = 1.0 / math.sqrt(norm * (norm + 1e-6))
+        axis = {name: raw.detach().to(direction[name].dtype) * length for name, raw in loss_gradient.items()}
+    return UpdateDirection(direction, parts, preconditioner, gain, clip, norm, answer, axis)
 
 
 def _one_parameter(
     name: str, g: Tensor, theta: Tensor, state: OptimizerState, rule: str
-) -> tuple[Tensor, Tensor, Tensor, Tensor, float]:
-    """(momentum, gradient, decay, P, share of g in m̂) of one parameter, per unit of its own learning rate."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, float, Tensor | float]:
+    """(momentum, gradient, decay, P, share of g in m̂, (∂√v̂/∂g)/g) of one parameter, per unit of its own learning rate."""
     zero = torch.zeros_like(g)
     if rule == "sgd":
-        return zero, -g, zero, torch.ones_like(g), 1.0
+        return zero, -g, zero, torch.ones_like(g), 1.0, 0.0
 
     hyper = state.hyper[name]
     eps = float(_setting(name, hyper, "eps"))
     if rule == "rmsprop" and "square_avg" in state.slots.get(name, {}):
         alpha = float(_setting(name, hyper, "alpha"))
         u = _slot(name, "square_avg", g, state)
-        P = 1.0 / ((alpha * u + (1.0 - alpha) * g * g).sqrt() + eps)
-        return zero, -P * g, zero, P, 1.0
+        root = (alpha * u + (1.0 - alpha) * g * g).sqrt()
+        P = 1.0 / (root + eps)
+        return zero, -P * g, zero, P, 1.0, _slope(1.0 - alpha, root)
 
     beta1, beta2 = (float(beta) for beta in _setting(name, hyper, "betas"))
     t = _steps_taken(name, state) + 1
@@ -195,14 +218,20 @@ def _one_parameter(
     # √(û)/√(1−β₂ᵗ), not √(û/(1−β₂ᵗ)): the order of torch.optim, so that float32 rounds alike.
     root = (beta2 * u + (1.0 - beta2) * g * g).sqrt() / math.sqrt(1.0 - beta2**t)
     P = 1.0 / (root + eps)
+    slope = _slope((1.0 - beta2) / (1.0 - beta2**t), root)
     if rule == "rmsprop":
-        return zero, -P * g, zero, P, 1.0
+        return zero, -P * g, zero, P, 1.0, slope
 
     m = _slot(name, "exp_avg", g, state)
     correction = 1.0 - beta1**t
     share = (1.0 - beta1) / correction
     decay = -float(_setting(name, hyper, "weight_decay")) * theta
-    return -(beta1 / correction) * P * m, -share * P * g, decay, P, share
+    return -(beta1 / correction) * P * m, -share * P * g, decay, P, share, slope
+
+
+def _slope(weight: float, root: Tensor) -> Tensor:
+    """weight/√v̂, which times g is ∂√v̂/∂g; 0 where v̂ = 0, the middle of the two slopes ±√weight of its kink."""
+    return torch.where(root > 0, weight / root, 0.0)
 
 
 def _working_dtype(x: Tensor) -> torch.dtype:

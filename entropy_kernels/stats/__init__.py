@@ -8,6 +8,14 @@ from .estimate import Estimate
 from .linear import EtaStar, eta_star, linear_change, quadratic_change
 from .panels import panel_weights, refine
 from .quadrature import integral_weights, nested_error_weights, next_node, radau_nodes
+from .ranks import (
+    Bootstrapped,
+    Held,
+    cross_fitted_top,
+    doubled_reliability,
+    held_by_top,
+    rank_correlations,
+)
 from .ratio import (
     entropy,
     first_derivative,
@@ -17,6 +25,7 @@ from .ratio import (
     second_derivative,
 )
 from .resampling import Jackknife, jackknife
+from .reward import centred_rewards, reward_cotangents, reward_sums
 from .samples import EstimatorKind, Per, PromptSums, TokenCurvature, TokenTangents, TokenValues, prompt_sums
 from .sanity import (
     EffectiveSampleSize,
@@ -47,6 +56,15 @@ from .truth import (
 )
 
 __all__ = [
+    "reward_sums",
+    "reward_cotangents",
+    "centred_rewards",
+    "rank_correlations",
+    "held_by_top",
+    "doubled_reliability",
+    "cross_fitted_top",
+    "Held",
+    "Bootstrapped",
     "ChangeSums",
     "Comparison",
     "Cotangents",

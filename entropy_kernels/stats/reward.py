@@ -1,0 +1,106 @@
+r"""The expected reward J = E[r] on held-out samples, as the entropy is treated (docs/theory.md, sections 5, 6 and 10).
+
+    J(η) − J(0) = (1/n) Σ_i (w_i − 1)(r_i − b_i),   w_i = exp(S_i(η) − S_i(0)),   J' = (1/n) Σ_i w_i S'_i (r_i − b_i)
+
+b_i is a mean of rewards without response i, so that it is independent of S'_i and costs no bias: of the other responses to its
+prompt, or, where there is only one response to a prompt, of all other prompts.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from ..errors import UserError
+from .samples import (
+    FloatArray,
+    PromptSums,
+    TokenTangents,
+    TokenValues,
+    by_prompt,
+    check_mask,
+    check_prompts,
+    log_ratio,
+    on_mask,
+)
+
+
+def centred_rewards(reward: ArrayLike, prompt_index: ArrayLike) -> FloatArray:
+    """r_i − b_i, [N]: b_i the mean over the other responses to the prompt, across prompts if there are none.
+
+    Args:
+        reward: [N].
+        prompt_index: integers [N], equal for responses to the same prompt.
+
+    Raises:
+        UserError: lengths that differ, some prompts with one response and others with several, or fewer than two responses.
+    """
+    r = np.asarray(reward, dtype=np.float64)
+    _, group, size = np.unique(np.asarray(prompt_index), return_inverse=True, return_counts=True)
+    if r.shape != group.shape or len(r) < 2:
+        raise UserError(
+            f"reward has shape {r.shape}, prompt_index {group.shape}; expected two arrays [N], N ≥ 2."
+        )
+    if (size > 1).all():
+        return (r - np.bincount(group, r)[group] / size[group]) * (size / (size - 1))[group]
+    if (size == 1).all():
+        return (r - r.mean()) * (len(r) / (len(r) - 1))
+    raise UserError(
+        f"{int((size == 1).sum())} of {len(size)} prompts have one response and the others several: no one baseline leaves each response "
+        "out. Use the same number of responses for every prompt."
+    )
+
+
+def reward_cotangents(reward: ArrayLike, prompt_index: ArrayLike, mask: ArrayLike) -> FloatArray:
+    """g = (r_i − b_i)/n at every response token, [N, T]: ∇J = Σ g ∇S.
+
+    Args:
+        reward: [N].
+        prompt_index: integers [N].
+        mask: bool [N, T], True on response tokens.
+
+    Raises:
+        UserError: as centred_rewards, or a mask that does not fit.
+    """
+    mask = check_mask(mask)
+    return np.where(mask, centred_rewards(reward, prompt_index)[:, None] / len(mask), 0.0)
+
+
+def reward_sums(
+    base: TokenValues,
+    moved: TokenValues,
+    tangents: TokenTangents,
+    reward: ArrayLike,
+    mask: ArrayLike,
+    prompt_index: ArrayLike,
+) -> PromptSums:
+    """Per-prompt Σ w_i (r_i − b_i), its derivative, and the number of responses; ratio and errors as for entropy per sequence.
+
+    Args:
+        base: H and S at the policy that drew the samples, [N, T]; only S is read.
+        moved: the same at the moved policy; base again for η = 0.
+        tangents: H', S' there, [N, T]; only S' is read.
+        reward: [N].
+        mask: bool [N, T], True on response tokens.
+        prompt_index: integers [N].
+
+    Returns:
+        PromptSums of kind (sequence, whole_sequence), float64 [B], in the unit of the reward.
+
+    Raises:
+        UserError: as centred_rewards, or arrays that do not fit.
+    """
+    mask = check_mask(mask)
+    inverse, B = check_prompts(prompt_index, mask)
+    a = centred_rewards(reward, prompt_index)
+    with np.errstate(over="ignore", invalid="ignore"):  # a ratio that overflows ends as inf or NaN
+        w = np.exp(np.where(mask, log_ratio(base, moved, mask), 0.0).sum(axis=1))
+        score = on_mask(tangents.d_logprob, mask, "tangents.d_logprob").sum(axis=1)
+        return PromptSums(
+            numerator=by_prompt(w * a, inverse, B),
+            denominator=by_prompt(np.ones(len(a)), inverse, B),
+            per="sequence",
+            estimator="whole_sequence",
+            d_numerator=by_prompt(w * score * a, inverse, B),
+            d_denominator=np.zeros(B),
+        )
