@@ -1,0 +1,228 @@
+"""The Fisher kernel by every method against gradients taken one sequence at a time, in float64."""
+
+from __future__ import annotations
+
+import families
+import pytest
+import tiny
+import torch
+from peft import LoraConfig, get_peft_model
+
+from entropy_kernels import fisher_cost, fisher_kernel
+from entropy_kernels.errors import UserError
+from entropy_kernels.fisher import cost
+from entropy_kernels.fisher.capture import survey
+from entropy_kernels.policy import Policy, TokenBatch
+
+LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+TARGETS = {"gpt2": ["c_attn", "c_proj", "c_fc"]}
+MODELS = {
+    "llama_tied": ("llama", {"tie_word_embeddings": True, "attention_bias": False, "mlp_bias": False}),
+    "llama_bias": ("llama", {"tie_word_embeddings": False}),
+    "qwen2_tied": ("qwen2", {}),
+    "qwen2_untied": ("qwen2", {"tie_word_embeddings": False}),
+    "qwen3": ("qwen3", {}),
+    "qwen3_tied": ("qwen3", {"tie_word_embeddings": True}),
+    "gpt2": ("gpt2", {}),
+    "gpt2_untied": ("gpt2", {"tie_word_embeddings": False}),
+}
+
+
+def make(name: str, *, lora: bool = False, **changes) -> Policy:
+    family, options = MODELS.get(name, (name, {}))
+    model = families.model(family, **(options | changes))
+    if lora:
+        torch.manual_seed(3)
+        targets = TARGETS.get(family, LINEAR)
+        model = get_peft_model(
+            model, LoraConfig(r=3, lora_alpha=6, target_modules=targets, task_type="CAUSAL_LM")
+        )
+        with torch.no_grad():
+            for p in model.parameters():
+                if p.requires_grad:
+                    p.add_(0.3 * torch.randn(p.shape).to(p.dtype))
+    return Policy.from_model(model, temperature=0.8, micro_batch_tokens=24)
+
+
+def positive(policy: Policy, seed: int = 4) -> dict[str, torch.Tensor]:
+    """A diagonal over three decades."""
+    return {name: (1.15 * x).exp() for name, x in tiny.direction(policy, seed).items()}
+
+
+def brute_force(policy: Policy, batch: TokenBatch, P=None, other: Policy | None = None):
+    """From the definition: autograd on the model's rows, one unpadded sequence at a time, nothing of the room used."""
+    from entropy_kernels.policy import micro_batches
+
+    def gradient(policy, i):
+        ids = batch.input_ids[i][batch.attention_mask[i]][None]
+        response = batch.response_mask[i][batch.attention_mask[i]][None]
+        one = TokenBatch(
+            ids, torch.ones_like(ids, dtype=torch.bool), response, torch.zeros(1, dtype=torch.int64)
+        )
+        (micro,) = micro_batches(policy, one)
+        leaves = {name: p.clone().requires_grad_() for name, p in policy.params.items()}
+        return torch.autograd.grad(policy.rows(leaves, micro)[1].sum(), list(leaves.values()))
+
+    G = [gradient(policy, i) for i in range(len(batch.input_ids))]
+    Q = G if other is None else [gradient(other, i) for i in range(len(batch.input_ids))]
+    weights = [torch.ones(()).double()] * len(G[0]) if P is None else list(P.values())
+    return torch.stack(
+        [
+            torch.stack([sum((a * w * b).sum() for a, b, w in zip(g, q, weights, strict=True)) for q in Q])
+            for g in G
+        ]
+    )
+
+
+def off(got, want):
+    """Largest error of an entry relative to √(K(t,t) K(t',t')), so that small gradients count as much as large ones."""
+    size = want.diag().sqrt()
+    return ((got - want).abs() / (size[:, None] * size)).max().item()
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+@pytest.mark.parametrize("name", list(MODELS))
+def test_every_method_equals_brute_force(name, lora):
+    policy, batch = make(name, lora=lora), tiny.batch()
+    want = brute_force(policy, batch)
+    assert off(want, want.diag().diag()) > 0.01  # there is something to get wrong
+    for method in ("layers", "ghost", *(() if lora else ("jvp", "reference"))):
+        got = fisher_kernel(policy, batch, method=method)
+        assert got.dtype == torch.float64 and off(got, want) < 1e-10, method
+    P = positive(policy)
+    weighted = brute_force(policy, batch, P)
+    assert off(weighted, want) > 0.01
+    for method in ("auto", "jvp") if lora else ("materialised", "reference"):
+        assert off(fisher_kernel(policy, batch, preconditioner=P, method=method), weighted) < 1e-10, method
+    left = fisher_kernel(policy, tiny.batch(left=True), preconditioner=P, method="layers")
+    assert off(left, weighted) < 1e-10
+
+
+@pytest.mark.parametrize("family", list(families.FAMILIES))
+def test_every_family_is_covered(family):
+    policy, batch = make(family), tiny.batch()
+    assert (
+        off(fisher_kernel(policy, batch, method="layers"), fisher_kernel(policy, batch, method="reference"))
+        < 1e-10
+    )
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+def test_symmetric_and_positive_semi_definite(lora):
+    policy, batch = make("qwen2_tied", lora=lora), tiny.batch()
+    repeated = TokenBatch(*(torch.cat([x, x[:2]]) for x in batch))  # eight sequences, rank six
+    K = fisher_kernel(policy, repeated, preconditioner=positive(policy))
+    assert torch.equal(K, K.t())
+    values = torch.linalg.eigvalsh(K)
+    assert values[0] > -1e-10 * values[-1] and values[2] > 1e-8 * values[-1]
+
+
+@pytest.mark.parametrize("method", ["layers", "materialised", "jvp", "reference"])
+def test_rectangles_between_two_policies(method):
+    policy, batch = make("qwen3_tied"), tiny.batch()
+    other = policy.shifted(tiny.direction(policy), 0.03)
+    P = positive(policy)
+    want = brute_force(policy, batch, P, other)
+    local = brute_force(policy, batch, P)
+    assert ((want - local).abs().max() / local.abs().max()) > 0.01
+    size = local.diag().sqrt()[:, None] * brute_force(other, batch, P).diag().sqrt()
+    chosen = torch.tensor([4, 1])
+    cols = TokenBatch(*(x[chosen] for x in batch))
+    got = fisher_kernel(policy, batch, cols, cols_policy=other, preconditioner=P, method=method)
+    assert got.shape == (6, 2) and ((got - want[:, chosen]).abs() / size[:, chosen]).max() < 1e-10
+    same = fisher_kernel(policy, batch, cols_policy=other, preconditioner=P, method=method)
+    assert ((same - want).abs() / size).max() < 1e-10
+
+
+def test_ghost_rectangles():
+    policy, batch = make("gpt2"), tiny.batch()
+    want = fisher_kernel(policy, batch, method="reference")
+    cols = TokenBatch(*(x[3:] for x in batch))
+    got = fisher_kernel(policy, batch, cols, method="ghost")
+    size = want.diag().sqrt()
+    assert ((got - want[:, 3:]).abs() / (size[:, None] * size[3:])).max() < 1e-10
+
+
+def test_tokens_against_sequences():
+    policy, batch = make("gpt2"), tiny.batch(left=True)
+    P = positive(policy)
+    want = fisher_kernel(policy, batch, preconditioner=P, level="token", method="reference")
+    got = fisher_kernel(policy, batch, preconditioner=P, level="token")
+    assert got.shape == (*batch.input_ids.shape, 6) and not bool(got[~batch.response_mask].any())
+    assert (got - want).abs().max() < 1e-10 * want.abs().max()
+    whole = fisher_kernel(policy, batch, preconditioner=P, method="materialised")
+    assert off(got.sum(1), whole) < 1e-10
+
+
+def test_small_budgets_take_more_passes_and_give_the_same():
+    policy, batch = make("llama_tied"), tiny.batch()
+    P = positive(policy)
+    want = fisher_kernel(policy, batch, method="reference", preconditioner=P)
+    found, side = survey(policy, batch), cost.side(batch)
+    budgets, plans = [1e8], []
+    with pytest.raises(UserError, match="memory_budget"):
+        while True:  # down to the smallest that is enough
+            plans.append(
+                cost.estimate(
+                    policy, found, side, None, preconditioned=True, method="layers", budget=budgets[-1]
+                )
+            )
+            assert plans[-1].peak_bytes["layers"] <= budgets[-1]
+            budgets.append(budgets[-1] / 1.05)
+    passes = [plan.passes for plan in plans]
+    assert passes == sorted(passes) and passes[0] == 1 and passes[-1] > 10
+    split = [p for group in plans[-1].groups for p in group if p.span != (0, found.layouts[p.name].C)]
+    assert any("embed" in p.name for p in split)
+    for budget in (budgets[-2], budgets[-8]):
+        got = fisher_kernel(policy, batch, preconditioner=P, memory_budget=budget, method="layers")
+        assert off(got, want) < 1e-10
+    with pytest.raises(UserError, match="memory_budget: .*at least"):
+        fisher_kernel(policy, batch, memory_budget=1e4)
+
+
+def test_float32_is_close_to_float64_and_stays_float32():
+    batch = tiny.batch()
+    single, double = make("qwen2_tied", dtype=torch.float32), make("qwen2_tied")
+    got, want = fisher_kernel(single, batch), fisher_kernel(double, batch)
+    assert got.dtype == torch.float32 and off(got.double(), want) < 1e-4
+
+
+def test_few_columns_of_long_rows_go_through_forward_mode():
+    policy, batch = make("llama_tied"), tiny.batch()
+    one = TokenBatch(*(x[:1] for x in batch))
+    few, many = fisher_cost(policy, batch, one, preconditioner=positive(policy)), fisher_cost(policy, batch)
+    assert few.method == min(("layers", "jvp"), key=few.flops.get) and "operations" in few.reason
+    assert many.method == "layers" and many.flops["jvp"] > many.flops["layers"]
+
+
+def test_a_parameter_used_where_no_layer_shows_it_is_refused_or_followed():
+    model = families.model("llama", tie_word_embeddings=False)
+    layer, table = model.model.layers[0].mlp.down_proj, model.model.layers[1].mlp.down_proj
+    forward = layer.forward
+    layer.forward = lambda x: (
+        forward(x) + 0.3 * torch.nn.functional.linear(x.tanh(), table.weight)
+    )  # unseen by table
+    policy = Policy.from_model(model)
+    with pytest.raises(UserError, match="down_proj.weight by sequence"):
+        fisher_kernel(policy, tiny.batch(), method="layers")
+    assert fisher_kernel(policy, tiny.batch(), method="reference").shape == (6, 6)
+
+
+def test_input_that_does_not_fit_is_refused():
+    policy, batch = make("llama_tied"), tiny.batch()
+    P = positive(policy)
+    name = next(iter(P))
+    for options, message in (
+        ({"level": "word"}, "level: got 'word'"),
+        ({"method": "magic"}, "method: got 'magic'"),
+        ({"level": "token", "method": "ghost"}, "at token level"),
+        ({"preconditioner": P, "method": "ghost"}, "'ghost'"),
+        ({"preconditioner": {k: v for k, v in P.items() if k != name}}, "preconditioner: expected exactly"),
+        ({"preconditioner": P | {"other": P[name]}}, "unknown"),
+        ({"preconditioner": P | {name: P[name][:1]}}, "shape"),
+        ({"preconditioner": P | {name: 0 * P[name]}}, "positive"),
+        ({"cols_policy": make("qwen3")}, "cols_policy: expected the same model"),
+        ({"cols": TokenBatch(*(x[:, :3] for x in batch[:3]), batch.prompt_index)}, "batch"),
+    ):
+        with pytest.raises(UserError, match=message):
+            fisher_kernel(policy, batch, **options)
