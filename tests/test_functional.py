@@ -273,13 +273,6 @@ def test_third_derivatives_raise():
         grad(lambda z: second(z).sum())(z)
 
 
-def test_a_fully_compiled_use_is_refused():
-    z, y, _, _, _ = rows()
-    compiled = torch.compile(lambda z: entropy_logprob(z, y).entropy, fullgraph=True, backend="eager")
-    with pytest.raises(Exception, match=r"torch\.compile|compil"):
-        compiled(z)
-
-
 @pytest.mark.parametrize(
     "mode", ["value", "reverse", "forward", "forward by dual numbers", "forward over reverse"]
 )

@@ -16,7 +16,7 @@ from torch.autograd import Function
 from entropy_kernels.ops import linear
 from entropy_kernels.ops.linear import Head, Point
 
-from .arguments import flat_targets, flat_temperature, refuse_compiling, vocabulary_size
+from .arguments import flat_targets, flat_temperature, vocabulary_size
 from .rows import EntropyLogprob, no_third, row_functions
 
 WORKSPACE_BYTES = 256 << 20
@@ -237,10 +237,9 @@ def linear_entropy_logprob(
 
     Raises:
         ValueError: shapes, dtypes, temperature, soft cap or targets that do not fit, or a sharded (DTensor) argument.
-        NotImplementedError: a third derivative, or use inside a compiled region.
+        NotImplementedError: a third derivative; forward mode inside a compiled region, where there are values and a gradient.
     """
     name = "linear_entropy_logprob"
-    refuse_compiling(name)
     kind = hidden.device.type
     if torch.is_autocast_enabled(kind):  # as the layer itself would
         low = torch.get_autocast_dtype(kind)
@@ -251,15 +250,15 @@ def linear_entropy_logprob(
     y = flat_targets(name, targets, shape, size, ignore_index, hidden.device)
     tau = flat_temperature(name, temperature, hidden, shape)
     with torch.autocast(kind, enabled=False):
-        entropy, logprob, logsumexp = _Values.apply(
-            hidden.reshape(-1, hidden.shape[-1]),
-            weight[:size],
-            None if bias is None else bias[:size],
-            y,
-            tau,
-            softcap,
-            workspace,
-        )
+        bias = None if bias is None else bias[:size]
+        head = (hidden.reshape(-1, hidden.shape[-1]), weight[:size], bias, y, tau, softcap, workspace)
+        if torch.compiler.is_compiling():
+            from . import compiled
+
+            compiled.refuse_dual_numbers(name)
+            entropy, logprob, logsumexp = compiled.head(*head)
+        else:
+            entropy, logprob, logsumexp = _Values.apply(*head)
     return EntropyLogprob(
         entropy.reshape(shape), None if targets is None else logprob.reshape(shape), logsumexp.reshape(shape)
     )

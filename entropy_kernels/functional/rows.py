@@ -26,7 +26,7 @@ from torch.autograd import Function
 from entropy_kernels.errors import UserError
 from entropy_kernels.ops import cpu, reference
 
-from .arguments import flat_targets, flat_temperature, refuse_compiling, vocabulary_size
+from .arguments import flat_targets, flat_temperature, vocabulary_size
 
 
 class EntropyLogprob(NamedTuple):
@@ -286,10 +286,9 @@ def entropy_logprob(
 
     Raises:
         ValueError: shapes, dtypes, temperature or targets that do not fit.
-        NotImplementedError: a third derivative, or use inside a compiled region.
+        NotImplementedError: a third derivative; forward mode inside a compiled region, where there are values and a gradient.
     """
     name = "entropy_logprob"
-    refuse_compiling(name)
     if not logits.is_floating_point() or logits.dim() == 0:
         raise ValueError(
             f"{name}: logits must be a floating-point tensor [..., V], got {logits.dtype} of shape {tuple(logits.shape)}."
@@ -297,7 +296,14 @@ def entropy_logprob(
     shape, size = logits.shape[:-1], vocabulary_size(name, logits.shape[-1], vocab_size)
     y = flat_targets(name, targets, shape, size, ignore_index, logits.device)
     tau = flat_temperature(name, temperature, logits, shape)
-    entropy, logprob, logsumexp, _ = _Values.apply(logits[..., :size].reshape(-1, size), y, tau)
+    z = logits[..., :size].reshape(-1, size)
+    if torch.compiler.is_compiling():
+        from . import compiled
+
+        compiled.refuse_dual_numbers(name)
+        entropy, logprob, logsumexp = compiled.rows(z, y, tau)
+    else:
+        entropy, logprob, logsumexp, _ = _Values.apply(z, y, tau)
     return EntropyLogprob(
         entropy.reshape(shape), None if targets is None else logprob.reshape(shape), logsumexp.reshape(shape)
     )
