@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from .influence import (
     TokenWeights,
-    entropy_halves,
+    entropy_weights,
+    half_gradient,
     marginal_direction,
     part_values,
-    reward_halves,
+    reward_weights,
     share_direction,
     token_influence,
+    total_weights,
 )
 from .proxies import PROXIES, token_proxies
 from .what_if import RULES, Rule, TokenFacts, factors, parse_rule
@@ -20,13 +22,15 @@ __all__ = [
     "Rule",
     "TokenFacts",
     "TokenWeights",
-    "entropy_halves",
+    "entropy_weights",
     "factors",
+    "half_gradient",
     "marginal_direction",
     "parse_rule",
     "part_values",
-    "reward_halves",
+    "reward_weights",
     "share_direction",
     "token_influence",
     "token_proxies",
+    "total_weights",
 ]

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from .. import stats
-from ..derivatives import Progress, token_gradient, token_stats, token_tangents
+from ..derivatives import Parts, Progress, TokenStats, token_gradient, token_tangents
 from ..policy import Parameters, Policy, TokenBatch
 from ..updates import UpdateDirection
 
@@ -32,48 +32,73 @@ class TokenWeights(NamedTuple):
     entropy: Tensor | None = None  # q
 
 
-def entropy_halves(
-    policy: Policy,
-    batch: TokenBatch,
-    *,
-    per: stats.Per = "token",
-    estimator: stats.EstimatorKind = "per_decision",
-    progress: Progress | None = None,
-) -> tuple[Parameters, Parameters]:
-    """(X_a, X_b), X_a + X_b = ∇ĥ of `entropy_gradient`: the parts of every other prompt of E.
+def total_weights(parts: Mapping[str, TokenWeights]) -> TokenWeights:
+    """The weights of a loss from those of its parts."""
 
-    Each is about half of X, from different prompts. One forward pass for the weights, one backward pass in two parts.
+    def total(given: list[Tensor | None]) -> Tensor | None:
+        known = [x for x in given if x is not None]
+        return torch.stack(known).sum(dim=0) if known else None
+
+    return TokenWeights(
+        total([w.logprob for w in parts.values()]), total([w.entropy for w in parts.values()])
+    )
+
+
+def entropy_weights(
+    values: TokenStats, batch: TokenBatch, *, per: stats.Per, estimator: stats.EstimatorKind
+) -> TokenWeights:
+    """Weights with which ∇S and ∇H of E's tokens add up to X = ∇ĥ, as `entropy_gradient` has it.
 
     Args:
-        policy: the model and its parameters.
-        batch: E, samples drawn from the policy at these parameters.
+        values: H and S of E at the policy that drew it.
+        batch: E.
         per: "token" or "sequence".
         estimator: "per_decision", "whole_sequence" or "path".
-        progress: called with the number of sequences finished, twice for each.
     """
-    values = token_stats(policy, batch, progress=progress)
     q, g = stats.token_cotangents(
         stats.TokenValues(values.entropy.double().numpy(), values.logprob.double().numpy()),
         batch.response_mask.numpy(),
         per=per,
         estimator=estimator,
     )
-    return _halves(policy, batch, TokenWeights(_tensor(g), _tensor(q)), progress)
+    return TokenWeights(_tensor(g), _tensor(q))
 
 
-def reward_halves(
-    policy: Policy, batch: TokenBatch, reward: np.ndarray, *, progress: Progress | None = None
-) -> tuple[Parameters, Parameters]:
-    """(X_a, X_b), X_a + X_b = ∇J on E = (1/n) Σ_i (r_i − b_i) ∇S_i, in the same two parts.
+def reward_weights(reward: np.ndarray, batch: TokenBatch) -> TokenWeights:
+    """Weights with which ∇S of E's tokens add up to X = ∇J = (1/n) Σ_i (r_i − b_i) ∇S_i, b that of `stats.centred_rewards`.
+
+    Args:
+        reward: r [N] of E's responses.
+        batch: E.
+    """
+    g = stats.reward_cotangents(reward, batch.prompt_index.numpy(), batch.response_mask.numpy())
+    return TokenWeights(_tensor(g))
+
+
+def half_gradient(
+    policy: Policy,
+    batch: TokenBatch,
+    weights: TokenWeights,
+    half: int,
+    *,
+    progress: Progress | None = None,
+    parts: Parts | None = None,
+) -> Parameters:
+    """X_a (half 0) or X_b (half 1): Σ g∇S + q∇H over every other prompt of E; X_a + X_b = X.
 
     Args:
         policy: the model and its parameters.
-        batch: E, samples drawn from the policy at these parameters.
-        reward: r [N]; b is that of `stats.centred_rewards`.
+        batch: E.
+        weights: from `entropy_weights` or `reward_weights`.
+        half: 0 or 1.
         progress: called with the number of sequences finished.
+        parts: the sum so far, see `token_gradient`.
     """
-    g = stats.reward_cotangents(reward, batch.prompt_index.numpy(), batch.response_mask.numpy())
-    return _halves(policy, batch, TokenWeights(_tensor(g)), progress)
+    prompt = torch.unique(batch.prompt_index, return_inverse=True)[1]
+    rows = prompt % 2 == half
+    own = TokenBatch(*(x[rows] for x in (batch.input_ids, batch.attention_mask, batch.response_mask, prompt)))
+    g, q = (None if w is None else w[rows] for w in weights)
+    return token_gradient(policy, own, entropy_weight=q, logprob_weight=g, progress=progress, parts=parts)
 
 
 def share_direction(update: UpdateDirection, X: Parameters) -> Parameters:
@@ -107,6 +132,7 @@ def token_influence(
     weights: Mapping[str, TokenWeights],
     *,
     progress: Progress | None = None,
+    parts: Parts | None = None,
 ) -> dict[str, np.ndarray]:
     """−(g_ik y·∇S_ik + q_ik y·∇H_ik) of every token of U, for each part of the loss: one forward-mode pass along y.
 
@@ -116,11 +142,12 @@ def token_influence(
         direction: y, from `share_direction` or `marginal_direction`.
         weights: name of the loss's part -> its token weights.
         progress: called with the number of sequences finished.
+        parts: micro-batches that are finished already, see `token_tangents`.
 
     Returns:
         name -> float64 [N, T], per unit η; 0 outside the response.
     """
-    tangents = token_tangents(policy, batch, direction, progress=progress)
+    tangents = token_tangents(policy, batch, direction, progress=progress, parts=parts)
     found = {}
     for name, (g, q) in weights.items():
         value = torch.zeros(batch.input_ids.shape, dtype=torch.float64)
@@ -135,22 +162,6 @@ def token_influence(
 def inner(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> float:
     """Σ a·b over all parameters, added up in float64."""
     return sum(float(torch.dot(a[name].double().flatten(), x.double().flatten())) for name, x in b.items())
-
-
-def _halves(
-    policy: Policy, batch: TokenBatch, weights: TokenWeights, progress: Progress | None
-) -> tuple[Parameters, Parameters]:
-    """Σ g∇S + q∇H over the prompts of even and of odd number."""
-    prompt = torch.unique(batch.prompt_index, return_inverse=True)[1]
-
-    def part(rows: Tensor) -> Parameters:
-        own = TokenBatch(
-            *(x[rows] for x in (batch.input_ids, batch.attention_mask, batch.response_mask, prompt))
-        )
-        g, q = (None if w is None else w[rows] for w in weights)
-        return token_gradient(policy, own, entropy_weight=q, logprob_weight=g, progress=progress)
-
-    return part(prompt % 2 == 0), part(prompt % 2 == 1)
 
 
 def _tensor(x: np.ndarray) -> Tensor:

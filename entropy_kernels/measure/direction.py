@@ -13,7 +13,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
+from ..attribution import TokenWeights, total_weights
 from ..checkpoints import (
     StepInfo,
     adapter_parameters,
@@ -127,8 +129,50 @@ def get_update(
     eta: float,
     progress: bool,
     store: Store = NOWHERE,
+    *,
+    factor: Tensor | None = None,
+    marginal: bool = False,
 ) -> UpdateDirection:
-    """The gradient of the loss on U, −Σ ω A ∇S, and the direction the optimizer makes of it."""
+    """The gradient of the loss on U and the direction the optimizer makes of it.
+
+    `factor` [N, T] multiplies the token weights of the policy gradient; `marginal` is that of `update_direction`.
+    """
+    parts = token_weights(config, U, batch)
+    if factor is not None:
+        g, q = parts["policy_gradient"]
+        assert g is not None and q is None
+        parts["policy_gradient"] = TokenWeights(factor * g)
+    weight = total_weights(parts)
+    with policy.as_trained(), bar(progress, "update gradient", len(U)) as tick:
+        gradient = store.in_parts(
+            "gradient",
+            lambda parts: token_gradient(
+                policy,
+                batch,
+                logprob_weight=weight.logprob,
+                entropy_weight=weight.entropy,
+                progress=tick,
+                parts=parts,
+            ),
+            running=True,
+        )
+    gradient = {name: x.to(policy.device) for name, x in gradient.items()}
+    return update_direction(
+        gradient,
+        state,
+        rule=config.update,
+        lr=eta,
+        max_grad_norm=config.max_grad_norm or None,
+        marginal=marginal,
+    )
+
+
+def token_weights(config: MeasureConfig, U: Rollouts, batch: TokenBatch) -> dict[str, TokenWeights]:
+    """The parts of the loss by name, each as weights of ∇S and ∇H of every token: "policy_gradient" has −ω A.
+
+    Raises:
+        UserError: there is nothing to learn from U.
+    """
     assert U.advantage is not None  # get_rollouts saw to it
     advantage = torch.as_tensor(np.asarray(U.advantage), dtype=torch.float64)
     if not bool((advantage != 0).any()):
@@ -142,17 +186,7 @@ def get_update(
         kind=config.loss,
         max_new_tokens=config.max_new_tokens,
     )
-    weight = -omega.double() * advantage.unsqueeze(1)
-    with policy.as_trained(), bar(progress, "update gradient", len(U)) as tick:
-        gradient = store.in_parts(
-            "gradient",
-            lambda parts: token_gradient(policy, batch, logprob_weight=weight, progress=tick, parts=parts),
-            running=True,
-        )
-    gradient = {name: x.to(policy.device) for name, x in gradient.items()}
-    return update_direction(
-        gradient, state, rule=config.update, lr=eta, max_grad_norm=config.max_grad_norm or None
-    )
+    return {"policy_gradient": TokenWeights(-omega.double() * advantage.unsqueeze(1))}
 
 
 def describe_update(

@@ -8,14 +8,16 @@ import torch
 
 from entropy_kernels.attribution import (
     TokenWeights,
-    entropy_halves,
+    entropy_weights,
+    half_gradient,
     marginal_direction,
     part_values,
-    reward_halves,
+    reward_weights,
     share_direction,
     token_influence,
+    total_weights,
 )
-from entropy_kernels.derivatives import entropy_gradient, token_gradient
+from entropy_kernels.derivatives import entropy_gradient, token_gradient, token_stats
 from entropy_kernels.updates import OptimizerState, update_direction
 from tests import tiny
 
@@ -52,8 +54,7 @@ def weights(batch) -> dict[str, TokenWeights]:
 
 def gradient(policy, batch, parts, factor=1.0):
     """g_raw = Σ f (g∇S + q∇H) over all parts."""
-    g = sum(w.logprob for w in parts.values())
-    q = sum(w.entropy for w in parts.values() if w.entropy is not None)
+    g, q = total_weights(parts)
     return token_gradient(policy, batch, logprob_weight=factor * g, entropy_weight=factor * q)
 
 
@@ -84,16 +85,17 @@ def inner(a, b):
 
 def test_halves_add_up_to_the_gradient_and_hold_different_prompts(policy, X):
     batch = tiny.batch(seed=2)
-    a, b = entropy_halves(policy, batch)
+    weights = entropy_weights(token_stats(policy, batch), batch, per="token", estimator="per_decision")
+    a, b = (half_gradient(policy, batch, weights, half) for half in (0, 1))
     for name, x in X.items():
         torch.testing.assert_close(a[name] + b[name], x, rtol=1e-11, atol=1e-13)
     moved = batch.input_ids.clone()
     odd = batch.prompt_index == 1
     moved[odd] = (moved[odd] + 1) % 23  # another second prompt
     reward = np.array([1.0, 0.0, 1.0, 0.2, 0.0, 0.5])
-    before = reward_halves(policy, batch, reward)
-    after = reward_halves(
-        policy, type(batch)(moved, batch.attention_mask, batch.response_mask, batch.prompt_index), reward
+    other = type(batch)(moved, batch.attention_mask, batch.response_mask, batch.prompt_index)
+    before, after = (
+        [half_gradient(policy, x, reward_weights(reward, x), half) for half in (0, 1)] for x in (batch, other)
     )
     assert all(torch.equal(before[0][name], after[0][name]) for name in X)
     assert not all(torch.equal(before[1][name], after[1][name]) for name in X)
