@@ -55,6 +55,18 @@ class TokenCurvature(NamedTuple):
     d2_logprob: Tensor
 
 
+class TokenSupport(NamedTuple):
+    """What a truncated policy keeps at every response token, [N, T], nats, 0 outside the response (`policy.SupportRows`)."""
+
+    entropy: Tensor
+    logprob: Tensor
+    full_entropy: Tensor
+    kept_mass: Tensor
+    kept_count: Tensor
+    moved: Tensor  # 1 where the parameters, asked by themselves, would keep another set
+    at_edge: Tensor  # 1 where the token belongs to the set by a rounding error
+
+
 def token_stats(
     policy: Policy, batch: TokenBatch, *, progress: Progress | None = None, parts: Parts | None = None
 ) -> TokenStats:
@@ -78,6 +90,21 @@ def token_stats(
             return policy.rows(policy.params, micro)
 
     return TokenStats(*_on_grid(policy, batch, values, 2, progress, parts))
+
+
+def token_support(
+    policy: Policy, batch: TokenBatch, *, progress: Progress | None = None, parts: Parts | None = None
+) -> TokenSupport:
+    """H and S of every response token under a truncated policy, the sets it keeps, and the full entropy: two forward passes.
+
+    At θ + ηv (`Policy.shifted`) the sets are those kept at θ, and `moved` says where they would be others.
+
+    Args and errors are those of `token_stats`.
+
+    Returns:
+        TokenSupport, [N, T], in the policy's dtype.
+    """
+    return TokenSupport(*_on_grid(policy, batch, policy.support, 7, progress, parts))
 
 
 def token_tangents(
@@ -292,7 +319,7 @@ def _on_grid(
         if parts is not None and number in parts:
             found = parts[number]
         else:
-            found = tuple(rows.detach().to("cpu") for rows in values(micro))
+            found = tuple(rows.detach().to("cpu", policy.dtype) for rows in values(micro))
             if parts is not None:
                 parts[number] = found
         for grid, rows in zip(grids, found, strict=True):

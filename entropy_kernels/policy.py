@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -22,9 +22,11 @@ from torch import Tensor, nn
 from entropy_kernels import attention
 from entropy_kernels.checkpoints import adapter_directory, base_with_adapter, load_model
 from entropy_kernels.errors import UserError
-from entropy_kernels.functional import entropy_logprob
+from entropy_kernels.functional import entropy_logprob, truncated_entropy
+from entropy_kernels.head import check_head, declared_head, logits_of, longest_sequence
 from entropy_kernels.rewrites import Rewrites
 from entropy_kernels.selection import select_parameters
+from entropy_kernels.truncation import Kept, Truncation, truncation
 
 Parameters = dict[str, Tensor]
 _DTYPES = {"float32": torch.float32, "float64": torch.float64}
@@ -57,36 +59,55 @@ class MicroBatch(NamedTuple):
     destination: tuple[Tensor, Tensor]  # (row, column) [R] in the caller's [N, T] grid
 
 
-class _Rows(nn.Module):
-    """The model up to (entropy, logprob) of the response tokens, as one module, so that one call swaps all its parameters."""
+class SupportRows(NamedTuple):
+    """What a truncated policy keeps, at each response token of a micro-batch, [R]; S is the set kept at θ (`Policy.support`)."""
 
-    def __init__(self, policy: Policy) -> None:
+    entropy: Tensor  # H(p_S/s), nats
+    logprob: Tensor  # log p_y − log s, nats
+    full_entropy: Tensor  # H(p), nats
+    kept_mass: Tensor  # s
+    kept_count: Tensor  # |S|
+    moved: Tensor  # bool: these parameters, asked by themselves, would keep another set than S
+    at_edge: Tensor  # bool: the token belongs to S by a rounding error (`truncation`)
+
+
+class _Hidden(nn.Module):
+    """The model up to the last hidden state of the response tokens [R, D], as one module, so that one call swaps all its parameters."""
+
+    def __init__(self, model: Any) -> None:
         super().__init__()
-        self.model: Any = policy.model
-        self.logits_of = policy.logits_of
-        self.temperature = policy.temperature
+        self.model: Any = model
 
-    def forward(self, micro: MicroBatch) -> tuple[Tensor, Tensor]:
+    def forward(self, micro: MicroBatch) -> Tensor:
         base = self.model.base_model
         options: dict[str, Any] = {"attention_mask": micro.mask, "position_ids": micro.position_ids}
         if "position_ids" not in inspect.signature(base.forward).parameters:
             del options["position_ids"]  # such a model counts from 0 by itself, and so do packed sequences
-        hidden = base(input_ids=micro.input_ids, use_cache=False, **options).last_hidden_state
-        hidden = hidden[micro.source]
+        hidden: Tensor = base(input_ids=micro.input_ids, use_cache=False, **options).last_hidden_state
+        return hidden[micro.source]
+
+
+class _Rows(nn.Module):
+    """The same up to the output layer, and what `each` makes of that layer's result, a few response tokens at a time."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model: Any = model
+
+    def forward(
+        self, micro: MicroBatch, each: Callable[[slice, Tensor], tuple[Tensor, ...]]
+    ) -> tuple[Tensor, ...]:
+        hidden = _Hidden(self.model)(micro)
         head = self.model.get_output_embeddings()
-        rows = max(1, _HEAD_ELEMENTS // self.model.config.vocab_size)
-        entropies: list[Tensor] = []
-        logprobs: list[Any] = []
-        for chunk, targets in zip(hidden.split(rows), micro.targets.split(rows), strict=True):
-            result = entropy_logprob(self.logits_of(head(chunk)), targets, temperature=self.temperature)
-            entropies.append(result.entropy)
-            logprobs.append(result.logprob)
-        return torch.cat(entropies), torch.cat(logprobs)
+        size = max(1, _HEAD_ELEMENTS // self.model.config.vocab_size)
+        starts = range(0, len(hidden), size)
+        chunks = [each(slice(i, i + size), head(hidden[i : i + size])) for i in starts]
+        return tuple(torch.cat(column) for column in zip(*chunks, strict=True))
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Policy:
-    """A causal LM, its measured parameters θ as a plain dictionary, and the temperature that is part of the policy.
+    """A causal LM, its measured parameters θ as a plain dictionary, and the temperature and truncation that are part of the policy.
 
     `params` are by the model's own names, without gradient, tied weights once; all others are constants (`selection` says which are
     which). `shifted` gives the same model elsewhere.
@@ -102,6 +123,10 @@ class Policy:
     logit_scale: float = 1.0  # see `logits_of`
     softcap: float | None = None
     longest: int | None = None  # tokens of the longest sequence it can be measured on, None for any
+    truncation: Truncation | None = None  # None for the full law
+    anchor: Parameters | None = (
+        None  # θ where `params` are not θ: a truncated policy's sets are those kept there
+    )
 
     @classmethod
     def from_pretrained(
@@ -110,6 +135,8 @@ class Policy:
         *,
         adapter: str | None = None,
         temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
         parameters: str = "all",
         dtype: str = "float32",
         device: str | None = None,
@@ -123,6 +150,8 @@ class Policy:
             adapter: PEFT LoRA directory, to be put into the model at `path_or_id`. An adapter's directory as `path_or_id` names its
                 base model itself, or `base` does.
             temperature: τ; the policy is softmax(z/τ).
+            top_k: truncate it to the most probable tokens, so many; None for no limit.
+            top_p: then to the fewest of these that hold this share of their probability; None for no limit.
             parameters: what is measured: "all" that training moves (with an adapter that is the adapter, with its modules_to_save and
                 biases), "lora" (A and B alone), or a regular expression searched for in every parameter name.
             dtype: "float32" or "float64". Files in 16 bits are read exactly; arithmetic is in this dtype.
@@ -151,6 +180,8 @@ class Policy:
             model,
             tokenizer,
             temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
             parameters=parameters,
             micro_batch_tokens=micro_batch_tokens,
         )
@@ -162,6 +193,8 @@ class Policy:
         tokenizer: Any = None,
         *,
         temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
         parameters: str = "all",
         micro_batch_tokens: int = 2048,
     ) -> Policy:
@@ -169,10 +202,11 @@ class Policy:
 
         A mixture of experts is differentiated with the experts of every token held fixed. A `peft.PeftModel` with one LoRA adapter
         is unwrapped: parameters then have the names they have in its base model, `….lora_A.default.weight`.
+        The other arguments are those of `from_pretrained`.
 
         Raises:
-            UserError: a temperature that is not positive, weights in 16 bits, a selection of parameters that selects nothing (`parameters`
-                is as in `from_pretrained`), or logits that are more than the output layer of the last hidden state, a constant factor
+            UserError: a temperature that is not positive, a truncation that leaves no choice, weights in 16 bits, a selection of parameters
+                that selects nothing, or logits that are more than the output layer of the last hidden state, a constant factor
                 and a soft cap that the config declares.
         """
         if not temperature > 0:
@@ -191,7 +225,7 @@ class Policy:
             )  # the grouped product of experts has no forward-mode rule
         padding_idx = getattr(model.get_input_embeddings(), "padding_idx", None)
         _set_padding_idx(model, None)
-        scale, softcap = _declared_head(model)
+        scale, softcap = declared_head(model)
         policy = cls(
             model=model,
             tokenizer=tokenizer,
@@ -201,9 +235,10 @@ class Policy:
             padding_idx=padding_idx,
             logit_scale=scale,
             softcap=softcap,
+            truncation=truncation(top_k, top_p),
         )
-        windows = _check_head(policy)
-        return replace(policy, longest=_longest(model, windows))
+        windows = check_head(model, scale, softcap)
+        return replace(policy, longest=longest_sequence(model, windows))
 
     @contextlib.contextmanager
     def as_trained(self) -> Iterator[None]:
@@ -229,23 +264,88 @@ class Policy:
         return next(iter(self.params.values())).device
 
     def shifted(self, direction: Parameters, eta: float) -> Policy:
-        """The policy at θ + ηv, rounded to the parameters' dtype; θ itself is left alone."""
+        """The policy at θ + ηv, rounded to the parameters' dtype; θ itself is left alone, and what is truncated stays what it is at θ."""
         check_direction(self, direction)
-        return replace(
-            self, params={name: p.add(direction[name], alpha=eta) for name, p in self.params.items()}
-        )
+        moved = {name: p.add(direction[name], alpha=eta) for name, p in self.params.items()}
+        return replace(self, params=moved, anchor=self.anchor or self.params)
+
+    def full(self) -> Policy:
+        """The same model without truncation."""
+        return replace(self, truncation=None, anchor=None)
 
     def logits_of(self, output: Tensor) -> Tensor:
-        """Logits [..., V] from what the output layer gives: z = scale·output, then c·tanh(z/c) where there is a soft cap c."""
-        z = output if self.logit_scale == 1.0 else output * self.logit_scale
-        return z if self.softcap is None else self.softcap * torch.tanh(z / self.softcap)
+        """Logits [..., V] from what the output layer gives (`head.logits_of`)."""
+        return logits_of(output, self.logit_scale, self.softcap)
 
     def rows(self, params: Parameters, micro: MicroBatch) -> tuple[Tensor, Tensor]:
-        """(entropy, logprob) [R] of a micro-batch's response tokens as a function of `params`; every derivative exists."""
-        module = _Rows(self)
-        named = {f"model.{name}": value for name, value in params.items()}
+        """(entropy, logprob) [R] of a micro-batch's response tokens as a function of `params`; every derivative exists.
+
+        A truncated policy's logits are −∞ outside the sets it keeps at θ, and these do not depend on `params`.
+        """
+        kept = None if self.truncation is None else self._kept(self.truncation, micro)
+
+        def each(where: slice, output: Tensor) -> tuple[Tensor, Tensor]:
+            z = self.logits_of(output)
+            if kept is not None:
+                z = z.masked_fill(~kept(where).tokens, -torch.inf)
+            found = entropy_logprob(z, micro.targets[where], temperature=self.temperature)
+            assert found.logprob is not None  # there are targets
+            return found.entropy, found.logprob
+
+        entropy, logprob = self._each(params, micro, each)
+        return entropy, logprob
+
+    def support(self, micro: MicroBatch) -> SupportRows:
+        """What the truncated policy keeps at each response token of a micro-batch, and its full law beside it.
+
+        Raises:
+            UserError: a policy that is not truncated.
+        """
+        truncation = self.truncation
+        if truncation is None:
+            raise UserError("policy: it is not truncated; pass top_k or top_p when it is made.")
+        kept = self._kept(truncation, micro)
+
+        def each(where: slice, output: Tensor) -> tuple[Tensor, ...]:
+            z, targets = self.logits_of(output), micro.targets[where]
+            S, own = kept(where), truncation.kept_with(z, targets, self.temperature)
+            t = truncated_entropy(z, targets, kept=S.tokens, temperature=self.temperature)
+            assert t.logprob is not None  # there are targets
+            moved = (own.tokens != S.tokens).any(dim=-1)
+            return t.entropy, t.logprob, t.full_entropy, t.kept_mass, t.kept_count, moved, S.at_edge
+
+        with torch.no_grad():
+            return SupportRows(*self._each(self.params, micro, each))
+
+    def _each(
+        self, params: Parameters, micro: MicroBatch, each: Callable[[slice, Tensor], tuple[Tensor, ...]]
+    ) -> tuple[Tensor, ...]:
         with Rewrites(float64=self.dtype == torch.float64):
-            return torch.func.functional_call(module, named, (micro,), tie_weights=True)
+            return _call(_Rows(self.model), params, micro, each)
+
+    def _kept(self, truncation: Truncation, micro: MicroBatch) -> Callable[[slice], Kept]:
+        """The sets kept at θ, made again for each few rows rather than stored: a set may hold a good part of the vocabulary.
+
+        One more forward pass for each evaluation, by the same operations every time, and so the same sets to the bit.
+        """
+        θ = self.params if self.anchor is None else self.anchor
+        head = self.model.get_output_embeddings()
+        name_of = {id(p): name for name, p in self.model.named_parameters()}
+        own = {name: θ.get(name_of[id(p)], p) for name, p in head.named_parameters()}
+        with torch.no_grad(), Rewrites(float64=self.dtype == torch.float64):
+            hidden = _call(_Hidden(self.model), θ, micro)
+
+        def kept(where: slice) -> Kept:
+            with torch.no_grad():
+                z = self.logits_of(torch.func.functional_call(head, own, (hidden[where],)))
+                return truncation.kept_with(z, micro.targets[where], self.temperature)
+
+        return kept
+
+
+def _call(module: nn.Module, params: Parameters, *inputs: Any) -> Any:
+    named = {f"model.{name}": value for name, value in params.items()}
+    return torch.func.functional_call(module, named, inputs, tie_weights=True)
 
 
 def check_direction(policy: Policy, direction: Parameters) -> None:
@@ -351,89 +451,3 @@ def _set_padding_idx(model: Any, index: int | None) -> None:
     for table in model.get_input_embeddings().modules():
         if isinstance(table, nn.Embedding):
             table.padding_idx = index
-
-
-def _declared_head(model: Any) -> tuple[float, float | None]:
-    """(scale, soft cap) of the logits as the config says; `_check_head` compares them with what the model does."""
-    config = model.config.get_text_config()
-    divisor, factor = getattr(config, "logits_scaling", None), getattr(config, "logit_scale", None)
-    scale = (factor if isinstance(factor, int | float) else 1.0) / (divisor or 1.0)
-    return float(scale), getattr(config, "final_logit_softcapping", None)
-
-
-def _check_head(policy: Policy) -> list[int | None]:
-    """The model's logits must be `logits_of` its output layer, and that must read the last hidden state.
-
-    The output layer's result is replaced by a ramp wide enough to bend under any soft cap, so that what the model does to it shows
-    whatever the weights are. Returns the sliding window of every attention layer.
-    """
-    model, ids = policy.model, torch.arange(1, 5, device=policy.device)
-    ids = ids.remainder(model.get_input_embeddings().weight.shape[0]).unsqueeze(0)
-    hidden: list[Tensor] = []
-    read: list[Tensor] = []
-    ramps: list[Tensor] = []
-
-    def ramp(_m: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        end = 3 * max(30.0, policy.softcap or 0.0) / min(1.0, policy.logit_scale)
-        wide = torch.linspace(-end, end, output.numel(), device=output.device, dtype=output.dtype)
-        read.append(inputs[0])
-        ramps.append(wide.reshape(output.shape))
-        return ramps[-1]
-
-    bodies = [model.base_model, getattr(model.base_model, "decoder", None)]  # OPT calls the inner one
-    handles = [
-        m.register_forward_hook(lambda _m, _i, output: hidden.append(output[0]))
-        for m in bodies
-        if m is not None
-    ]
-    handles.append(model.get_output_embeddings().register_forward_hook(ramp))
-    try:
-        with torch.no_grad(), attention.windows() as windows:
-            logits = model(input_ids=ids, use_cache=False).logits
-    finally:
-        for handle in handles:
-            handle.remove()
-    if not windows:
-        raise UserError(
-            f"model: {type(model).__name__} has no attention that transformers lets one choose (AttentionInterface), so ours, whose "
-            "derivatives all exist, cannot be put in. Use a model of another family; README.md lists those that are tested."
-        )
-    sound = len(ramps) == 1 and len(hidden) == 1 and torch.equal(read[0], hidden[0])
-    if sound:
-        expected = policy.logits_of(ramps[0])
-        sound = logits.shape == expected.shape and bool(
-            ((logits - expected).abs() <= 1e-5 * expected.abs().max()).all()
-        )
-    if not sound:
-        raise UserError(
-            f"model: {type(model).__name__} changes its last hidden state before, or its logits after the output layer, in a way that "
-            f"this version does not measure. Expected {_formula(policy)} of the output layer, as the config says. Use a model whose "
-            "logits are the output layer, but for a constant scale (logits_scaling, logit_scale) or final_logit_softcapping."
-        )
-    return windows
-
-
-def _formula(policy: Policy) -> str:
-    scaled = "the plain result" if policy.logit_scale == 1.0 else f"{policy.logit_scale:g} times the result"
-    return scaled if policy.softcap is None else f"{scaled}, soft-capped at {policy.softcap:g},"
-
-
-def _longest(model: Any, windows: list[int | None]) -> int | None:
-    """Tokens that fit: learned positions end somewhere, and a window that no layer passes on is not applied beyond its width."""
-    config = model.config.get_text_config()
-    limits = []
-    end = getattr(config, "max_position_embeddings", None)
-    tables = [
-        m for m in model.modules() if isinstance(m, nn.Embedding) and m is not model.get_input_embeddings()
-    ]
-    if end is not None and any(end <= len(m.weight) <= end + 8 for m in tables):  # OPT keeps two rows spare
-        limits.append(int(end))
-    types = getattr(config, "layer_types", None)
-    window = getattr(config, "sliding_window", None)
-    if window is not None:
-        expected = [types is None or kind == "sliding_attention" for kind in types or windows]
-        if [w is not None for w in windows] != expected:
-            limits.append(int(window))
-    if "chunked_attention" in (types or ()):
-        limits.append(int(config.attention_chunk_size))
-    return min(limits, default=None)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, MutableMapping, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from hashlib import blake2b
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 from entropy_kernels.errors import UserError
 from entropy_kernels.rl.rollouts import Rollouts
 from entropy_kernels.rl.tasks import Prompt
+from entropy_kernels.truncation import Truncation
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -33,13 +35,14 @@ def sample_rollouts(
     group_size: int,
     max_new_tokens: int,
     temperature: float = 1.0,
+    truncation: Truncation | None = None,
     seed: int,
     batch_size: int,
     eos_token_ids: Sequence[int] | None = None,
     progress: bool = True,
     parts: MutableMapping[int, tuple[Tensor, ...]] | None = None,
 ) -> Rollouts:
-    r"""t_k ~ π(· | t_<k, p) = softmax(z/τ), ``group_size`` completions of every prompt.
+    r"""t_k ~ π(· | t_<k, p), ``group_size`` completions of every prompt; π is softmax(z/τ), or p_a/s on its kept set.
 
     Token k is min{a : F(a) > u}, F the cumulated probabilities of π in float64 and u uniform. The u's of a
     completion are fixed by (seed, prompt_id, its number in the group) alone, so the same completions come out
@@ -58,6 +61,7 @@ def sample_rollouts(
         group_size: completions per prompt, ≥ 1.
         max_new_tokens: limit per completion, ≥ 1.
         temperature: τ > 0.
+        truncation: which tokens may be drawn; None: all.
         seed: any integer.
         batch_size: completions drawn together; prompts of similar length share a batch.
         eos_token_ids: tokens that end a completion; None: those of ``model.generation_config``, else of the
@@ -105,6 +109,7 @@ def sample_rollouts(
                     ),
                     temperature,
                     bar,
+                    truncation,
                 )
                 ids, mask = _left_padded([prompts[rows[i][0]].token_ids for i in batch], pad, model.device)
                 out = generate(
@@ -135,6 +140,7 @@ def sample_rollouts(
         logprobs=tuple(logprobs),
         sampling={
             "temperature": float(temperature),
+            **({} if truncation is None else asdict(truncation)),
             "max_new_tokens": max_new_tokens,
             "seed": seed,
             "eos_token_ids": list(eos),
@@ -143,20 +149,25 @@ def sample_rollouts(
 
 
 class _Draw(LogitsProcessor):
-    """Leaves one token per row standing, drawn from softmax(z/τ); greedy decoding then takes it.
+    """Leaves one token per row standing, drawn from π; greedy decoding then takes it.
 
     The loop's own sampling would do, but draws from one global stream in float32; this way each completion
     has its own stream and its log-probs are those of the very law drawn from.
     """
 
-    def __init__(self, uniforms: Tensor, temperature: float, bar: tqdm) -> None:
-        self.uniforms, self.temperature, self.bar = uniforms, temperature, bar
+    def __init__(
+        self, uniforms: Tensor, temperature: float, bar: tqdm, truncation: Truncation | None = None
+    ) -> None:
+        self.uniforms, self.temperature, self.truncation, self.bar = uniforms, temperature, truncation, bar
         self.logprobs: list[Tensor] = []
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         # A loop that checks for the end one step late may ask once more than needed: the last column serves.
         column = min(len(self.logprobs), self.uniforms.shape[1] - 1)
-        logp = torch.log_softmax(scores.double() / self.temperature, dim=-1)
+        z = scores.double()
+        if self.truncation is not None:
+            z = z.masked_fill(~self.truncation.kept(scores, self.temperature), -torch.inf)
+        logp = torch.log_softmax(z / self.temperature, dim=-1)
         F = logp.exp().cumsum(dim=-1)
         total = F[:, -1:]
         if not bool(torch.isfinite(total).all()):
