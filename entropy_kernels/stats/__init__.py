@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from .baselines import BaselineKind, baseline, variance_ratio
 from .coefficients import Cotangents, token_contributions, token_cotangent_tangents, token_cotangents
 from .compare import Comparison, compare_direct, compare_integrated
 from .estimate import Estimate
+from .lag import LagProfile, Lags, Truncated, lag_profile, lag_sums, truncated
 from .linear import EtaStar, eta_star, linear_change, quadratic_change
+from .mix import Mix, best_mix
 from .panels import panel_weights, refine
+from .plan import Needed, components, prompt_variance, prompts_needed, within_variance
 from .quadrature import integral_weights, nested_error_weights, next_node, radau_nodes
 from .ranks import (
     Bootstrapped,
@@ -45,6 +49,7 @@ from .series import (
     move_difference,
     quadratic_move,
 )
+from .tails import Tails, heavy_tails, tail_index
 from .truth import (
     ChangeSums,
     change_sums,
@@ -54,16 +59,11 @@ from .truth import (
     integration_error,
     noise_floor,
 )
+from .two_batch import TwoBatch, two_batch
+from .ustatistic import OneBatch, leave_one_out, one_batch, pair_products
 
 __all__ = [
-    "reward_sums",
-    "reward_cotangents",
-    "centred_rewards",
-    "rank_correlations",
-    "held_by_top",
-    "doubled_reliability",
-    "cross_fitted_top",
-    "Held",
+    "BaselineKind",
     "Bootstrapped",
     "ChangeSums",
     "Comparison",
@@ -72,24 +72,41 @@ __all__ = [
     "Estimate",
     "EstimatorKind",
     "EtaStar",
+    "Held",
     "Jackknife",
+    "LagProfile",
+    "Lags",
+    "Mix",
     "Move",
+    "Needed",
+    "OneBatch",
     "Per",
     "PromptSums",
     "RaoBlackwellRatio",
+    "Tails",
     "TokenCurvature",
     "TokenTangents",
     "TokenValues",
+    "Truncated",
+    "TwoBatch",
+    "baseline",
+    "best_mix",
+    "centred_rewards",
     "change_sums",
     "compare_direct",
     "compare_integrated",
+    "components",
+    "cross_fitted_top",
     "cumulative_change",
     "direct_change",
+    "doubled_reliability",
     "effective_sample_size",
     "entropy",
     "ess",
     "eta_star",
     "first_derivative",
+    "heavy_tails",
+    "held_by_top",
     "influence_change",
     "influence_entropy",
     "influence_first",
@@ -99,6 +116,9 @@ __all__ = [
     "integrated_move",
     "integration_error",
     "jackknife",
+    "lag_profile",
+    "lag_sums",
+    "leave_one_out",
     "linear_change",
     "linear_move",
     "mean_score",
@@ -108,15 +128,27 @@ __all__ = [
     "nested_error_weights",
     "next_node",
     "noise_floor",
+    "one_batch",
+    "pair_products",
     "panel_weights",
     "prompt_sums",
+    "prompt_variance",
+    "prompts_needed",
     "quadratic_change",
     "quadratic_move",
     "radau_nodes",
+    "rank_correlations",
     "rb_variance_ratio",
     "refine",
+    "reward_cotangents",
+    "reward_sums",
     "second_derivative",
+    "tail_index",
     "token_contributions",
     "token_cotangent_tangents",
     "token_cotangents",
+    "truncated",
+    "two_batch",
+    "variance_ratio",
+    "within_variance",
 ]

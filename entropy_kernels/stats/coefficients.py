@@ -9,6 +9,9 @@ At η = 0, w = 1. Moving along v, with w' = A = R S', D' = Σ A c and y' = A (H 
 
     q̇ = (A − D'/D)/D,   ġ = Rᵀ y'/D − g D'/D.
 
+A baseline b (samples.py) adds −M to N, whose cotangent of S_j at 0 is −b_j, with the derivative −(b_j a_{j+1} + Σ_{k>j} b_k S'_k)
+along v, a_{j+1} = Σ_{k≤j} S'_k; h' then includes −M'.
+
 Then ∇h = Σ q ∇H + g ∇S, and its derivative along v is Σ q̇ ∇H + ġ ∇S + q ∇H' + g ∇S'.
 """
 
@@ -25,6 +28,8 @@ from .samples import (
     Per,
     TokenTangents,
     TokenValues,
+    baseline_terms,
+    check_baseline,
     check_mask,
     check_names,
     counted,
@@ -42,9 +47,14 @@ class Cotangents(NamedTuple):
 
 
 def token_cotangents(
-    values: TokenValues, mask: ArrayLike, *, per: Per, estimator: EstimatorKind
+    values: TokenValues,
+    mask: ArrayLike,
+    *,
+    per: Per,
+    estimator: EstimatorKind,
+    baseline: ArrayLike | None = None,
 ) -> Cotangents:
-    """(q, g) with ∇h = Σ q ∇H + g ∇S at η = 0: q = 1/D, g = Rᵀ(H − h c)/D.
+    """(q, g) with ∇h = Σ q ∇H + g ∇S at η = 0: q = 1/D, g = [Rᵀ(H − h c) − b]/D.
 
     Written out, per token: per_decision g_j = Σ_{k>j}(H_k − h)/ΣT, whole_sequence g_j = (Σ_k H_k − h T_i)/ΣT;
     per sequence with n sequences: Σ_{k>j} H_k/n and (Σ_k H_k − h)/n; path: 0.
@@ -54,21 +64,29 @@ def token_cotangents(
         mask: bool [N, T], True on response tokens.
         per: "token" or "sequence".
         estimator: "per_decision", "whole_sequence" or "path".
+        baseline: b, nats, [N, T]; None for 0.
 
     Raises:
         UserError: shapes, dtypes or names do not fit, or a row without a response token.
     """
     check_names(per, estimator)
     mask = check_mask(mask)
+    b = check_baseline(baseline, mask, estimator)
     H, c = on_mask(values.entropy, mask, "values.entropy"), counted(mask, per)
     D = c.sum()
     h = H.sum() / D
-    g = reach_transposed(H - h * c, estimator) / D
+    g = (reach_transposed(H - h * c, estimator) - (0.0 if b is None else b)) / D
     return Cotangents(mask / D, np.where(mask, g, 0.0))
 
 
 def token_cotangent_tangents(
-    values: TokenValues, tangents: TokenTangents, mask: ArrayLike, *, per: Per, estimator: EstimatorKind
+    values: TokenValues,
+    tangents: TokenTangents,
+    mask: ArrayLike,
+    *,
+    per: Per,
+    estimator: EstimatorKind,
+    baseline: ArrayLike | None = None,
 ) -> Cotangents:
     """(q̇, ġ), the derivative of token_cotangents along the direction of the tangents, at η = 0.
 
@@ -78,28 +96,39 @@ def token_cotangent_tangents(
         mask: bool [N, T], True on response tokens.
         per: "token" or "sequence".
         estimator: "per_decision", "whole_sequence" or "path".
+        baseline: b, nats, [N, T]; None for 0.
 
     Raises:
         UserError: shapes, dtypes or names do not fit, or a row without a response token.
     """
-    g = token_cotangents(values, mask, per=per, estimator=estimator).logprob
+    g = token_cotangents(values, mask, per=per, estimator=estimator, baseline=baseline).logprob
     mask = check_mask(mask)
+    b = check_baseline(baseline, mask, estimator)
     H, c = on_mask(values.entropy, mask, "values.entropy"), counted(mask, per)
     H1 = on_mask(tangents.d_entropy, mask, "tangents.d_entropy")
-    A = reach(on_mask(tangents.d_logprob, mask, "tangents.d_logprob"), estimator)
-    A = np.where(mask, A, 0.0)
+    S1 = on_mask(tangents.d_logprob, mask, "tangents.d_logprob")
+    A = np.where(mask, reach(S1, estimator), 0.0)
+    less = (
+        0.0 if b is None else b * (reach(S1, "per_decision") + S1) + reach_transposed(b * S1, "per_decision")
+    )
 
     D, D1 = c.sum(), (A * c).sum()
     h = H.sum() / D
-    h1 = ((H1 + A * H).sum() - h * D1) / D
+    h1 = ((H1 + A * H).sum() - np.sum(baseline_terms(b, np.zeros_like(H), S1)[1]) - h * D1) / D
     y1 = A * (H - h * c) + H1 - h1 * c
     q1 = np.where(mask, A - D1 / D, 0.0) / D
-    g1 = np.where(mask, reach_transposed(y1, estimator), 0.0) / D - g * D1 / D
+    g1 = np.where(mask, reach_transposed(y1, estimator) - less, 0.0) / D - g * D1 / D
     return Cotangents(q1, g1)
 
 
 def token_contributions(
-    base: TokenValues, tangents: TokenTangents, mask: ArrayLike, *, per: Per, estimator: EstimatorKind
+    base: TokenValues,
+    tangents: TokenTangents,
+    mask: ArrayLike,
+    *,
+    per: Per,
+    estimator: EstimatorKind,
+    baseline: ArrayLike | None = None,
 ) -> FloatArray:
     """q_k H'_k + g_k S'_k, [N, T]: each token's share of h'(0), which is their sum.
 
@@ -112,6 +141,7 @@ def token_contributions(
         mask: bool [N, T], True on response tokens.
         per: "token" or "sequence".
         estimator: "per_decision", "whole_sequence" or "path".
+        baseline: b, nats, [N, T]; None for 0.
 
     Returns:
         Nats per token or sequence and unit η, float64 [N, T], 0 outside the mask.
@@ -119,7 +149,7 @@ def token_contributions(
     Raises:
         UserError: shapes, dtypes or names do not fit, or a row without a response token.
     """
-    q, g = token_cotangents(base, mask, per=per, estimator=estimator)
+    q, g = token_cotangents(base, mask, per=per, estimator=estimator, baseline=baseline)
     mask = check_mask(mask)
     H1 = on_mask(tangents.d_entropy, mask, "tangents.d_entropy")
     return q * H1 + g * on_mask(tangents.d_logprob, mask, "tangents.d_logprob")

@@ -18,6 +18,16 @@ whole_sequence and, as nothing stands in front of the first token, the number of
 With A = R S' and C = R S'' (so w' = w A, w'' = w (C + A²)) the derivatives are
 
     N' = Σ w (H' + A H),   N'' = Σ w (H'' + 2 A H' + (C + A²) H),   D' = Σ w A c,   D'' = Σ w (C + A²) c.
+
+A baseline b_k, any function of the prompt and of the tokens before k that was fitted on other prompts, takes the sum
+M = Σ b_k (u_{k+1} − u_k) from N, where u_k is the per-decision weight and u_{k+1}/u_k the ratio of token k alone, of
+conditional mean one: M has mean zero at every η. With x_k = S_k(η) − S_k(0), a_k = Σ_{j<k} S'_j and γ_k = Σ_{j<k} S''_j,
+
+    M   = Σ b u expm1(x)
+    M'  = Σ b u [S' + expm1(x)(a + S')]
+    M'' = Σ b u [S'' + S'² + 2 a S' + expm1(x)(γ + S'' + (a + S')²)],
+
+in which no two large terms cancel.
 """
 
 from __future__ import annotations
@@ -86,8 +96,9 @@ def prompt_sums(
     estimator: EstimatorKind,
     tangents: TokenTangents | None = None,
     curvature: TokenCurvature | None = None,
+    baseline: ArrayLike | None = None,
 ) -> PromptSums:
-    """N_n = Σ_{i∈n} Σ_k w_k H_k and D_n = Σ_{i∈n} Σ_k w_k c_k at the moved policy, with derivatives there.
+    """N_n = Σ_{i∈n} Σ_k w_k H_k − M_n and D_n = Σ_{i∈n} Σ_k w_k c_k at the moved policy, with derivatives there.
 
     The estimate is ΣN_n/ΣD_n; weights and c are those of the module's head (docs/theory.md, sections 5 to 7).
 
@@ -100,17 +111,19 @@ def prompt_sums(
         estimator: "per_decision", "whole_sequence" or "path".
         tangents: H', S' taken at the moved policy, [N, T]; without them there are no first derivatives.
         curvature: H'', S'' taken at the moved policy, [N, T]; needs tangents.
+        baseline: b of the module's head, nats, [N, T]; None for 0. Truth and predictions must be given the same.
 
     Returns:
         PromptSums, float64 [B]. NaN inside the mask makes that prompt NaN.
 
     Raises:
         UserError: shapes, dtypes or names do not fit, a row without a response token, curvature without
-            tangents.
+            tangents, a baseline for "path".
     """
     check_names(per, estimator)
     mask = check_mask(mask)
     inverse, B = check_prompts(prompt_index, mask)
+    b = check_baseline(baseline, mask, estimator)
     if curvature is not None and tangents is None:
         raise UserError(
             "curvature was given without tangents; second derivatives need both: pass tangents too."
@@ -118,26 +131,28 @@ def prompt_sums(
 
     H = on_mask(moved.entropy, mask, "moved.entropy")
     c = counted(mask, per)
+    x = log_ratio(base, moved, mask)
+    H1, S1 = (None, None) if tangents is None else _pair(tangents, mask, "tangents")
+    H2, S2 = (None, None) if curvature is None else _pair(curvature, mask, "curvature")
 
     # A ratio that overflows ends as inf or NaN, never as a number.
     with np.errstate(over="ignore", invalid="ignore"):
-        w = np.exp(reach(log_ratio(base, moved, mask), estimator))
+        w = np.exp(reach(x, estimator))
+        M, M1, M2 = baseline_terms(b, x, S1, S2)
 
-        def totals(x: FloatArray) -> FloatArray:
-            return by_prompt(np.where(mask, w * x, 0.0).sum(axis=1), inverse, B)
+        def totals(terms: FloatArray, less: FloatArray | float = 0.0) -> FloatArray:
+            return by_prompt(np.where(mask, w * terms - less, 0.0).sum(axis=1), inverse, B)
 
-        sums = PromptSums(totals(H), totals(c), per, estimator)
-        if tangents is None:
+        sums = PromptSums(totals(H, M), totals(c), per, estimator)
+        if H1 is None or S1 is None:
             return sums
-        H1 = on_mask(tangents.d_entropy, mask, "tangents.d_entropy")
-        A = reach(on_mask(tangents.d_logprob, mask, "tangents.d_logprob"), estimator)
-        sums = sums._replace(d_numerator=totals(H1 + A * H), d_denominator=totals(A * c))
-        if curvature is None:
+        A = reach(S1, estimator)
+        sums = sums._replace(d_numerator=totals(H1 + A * H, M1), d_denominator=totals(A * c))
+        if H2 is None or S2 is None:
             return sums
-        H2 = on_mask(curvature.d2_entropy, mask, "curvature.d2_entropy")
-        C = reach(on_mask(curvature.d2_logprob, mask, "curvature.d2_logprob"), estimator)
+        C = reach(S2, estimator)
         return sums._replace(
-            d2_numerator=totals(H2 + 2 * A * H1 + (C + A**2) * H), d2_denominator=totals((C + A**2) * c)
+            d2_numerator=totals(H2 + 2 * A * H1 + (C + A**2) * H, M2), d2_denominator=totals((C + A**2) * c)
         )
 
 
@@ -174,6 +189,26 @@ def log_ratio(base: TokenValues, moved: TokenValues, mask: NDArray[np.bool_]) ->
     return after - on_mask(base.logprob, mask, "base.logprob")
 
 
+def baseline_terms(
+    b: FloatArray | None, x: FloatArray, S1: FloatArray | None = None, S2: FloatArray | None = None
+) -> tuple[FloatArray | float, FloatArray | float, FloatArray | float]:
+    """The terms of M, M', M'' of the module's head, [N, T] each; 0 without a baseline, or without that derivative.
+
+    b, x = S(η) − S(0), S1 = S' and S2 = S'' are [N, T] and 0 off the mask.
+    """
+    if b is None:
+        return 0.0, 0.0, 0.0
+    bu, e = b * np.exp(reach(x, "per_decision")), np.expm1(x)
+    if S1 is None:
+        return bu * e, 0.0, 0.0
+    a = reach(S1, "per_decision")
+    M1 = bu * (S1 + e * (a + S1))
+    if S2 is None:
+        return bu * e, M1, 0.0
+    C = reach(S2, "per_decision")
+    return bu * e, M1, bu * (S2 + S1**2 + 2 * a * S1 + e * (C + S2 + (a + S1) ** 2))
+
+
 def by_prompt(x: FloatArray, inverse: NDArray[np.intp], B: int) -> FloatArray:
     """Sums of x [N] over the rows of each prompt, [B]."""
     return np.asarray(np.bincount(inverse, weights=x, minlength=B), dtype=np.float64)
@@ -189,6 +224,14 @@ def on_mask(x: ArrayLike, mask: NDArray[np.bool_], name: str) -> FloatArray:
     if values.shape != mask.shape:
         raise UserError(f"{name} has shape {values.shape}, expected that of mask, {mask.shape}.")
     return np.where(mask, values, 0.0)
+
+
+def _pair(
+    x: TokenTangents | TokenCurvature, mask: NDArray[np.bool_], name: str
+) -> tuple[FloatArray, FloatArray]:
+    """Both arrays of a NamedTuple on the mask, entropy first."""
+    of_entropy, of_logprob = (on_mask(a, mask, f"{name}.{field}") for field, a in x._asdict().items())
+    return of_entropy, of_logprob
 
 
 # --- checks of what a caller passes ------------------------------------------------------------------------
@@ -227,6 +270,24 @@ def check_mask(mask: ArrayLike) -> NDArray[np.bool_]:
             "expected one at least, as the end-of-sequence token counts: leave such rows out."
         )
     return checked
+
+
+def check_baseline(
+    baseline: ArrayLike | None, mask: NDArray[np.bool_], estimator: EstimatorKind
+) -> FloatArray | None:
+    """The baseline as float64 [N, T], 0 outside the mask.
+
+    Raises:
+        UserError: another shape than the mask, or a baseline for "path", which holds the weights at 1.
+    """
+    if baseline is None:
+        return None
+    if estimator == "path":
+        raise UserError(
+            "baseline was given for the estimator 'path', whose weights are held at 1: there is no noise of scores that it could "
+            "take away. Use 'per_decision' or 'whole_sequence', or no baseline."
+        )
+    return on_mask(baseline, mask, "baseline")
 
 
 def check_prompts(prompt_index: ArrayLike, mask: NDArray[np.bool_]) -> tuple[NDArray[np.intp], int]:

@@ -6,8 +6,8 @@ Direct. With h₀ = N₀/D₀ = Σ H(0)/Σ c, and log w, c as in samples.py,
        = Σ [H_k(η) − H_k(0) + expm1(log w_k)(H_k(η) − h₀ c_k)] / Σ w_k c_k,
 
 as Σ (H_k(0) − h₀ c_k) = 0 may be taken off. Every term is now of order η: nothing of the size of H cancels. Kept as
-X = Σ [H(η) − H(0) + (w − 1) H(η)] and E = Σ (w − 1) c, it reads ΔH = (X − h₀ E)/(D₀ + E), a function of four totals
-from which any prompt can be left out, h₀ following.
+X = Σ [H(η) − H(0) + (w − 1) H(η)] − M and E = Σ (w − 1) c, it reads ΔH = (X − h₀ E)/(D₀ + E), a function of four
+totals from which any prompt can be left out, h₀ following. M is what a baseline takes away (samples.py).
 
 The samples may also come from a third policy, with w⁰ = exp R[S(0) − S(drawn)] in front of every term: h₀ = Σ w⁰H(0)/Σ w⁰c, and
 X, E, N₀, D₀ are the same sums with weights w⁰ (docs/theory.md, section 12).
@@ -42,7 +42,9 @@ from .samples import (
     Per,
     PromptSums,
     TokenValues,
+    baseline_terms,
     by_prompt,
+    check_baseline,
     check_mask,
     check_names,
     check_prompts,
@@ -73,6 +75,7 @@ def change_sums(
     per: Per,
     estimator: EstimatorKind,
     drawn: TokenValues | None = None,
+    baseline: ArrayLike | None = None,
 ) -> ChangeSums:
     """The per-prompt sums of the direct difference, per-token differences first.
 
@@ -84,13 +87,20 @@ def change_sums(
         per: "token" or "sequence".
         estimator: "per_decision", "whole_sequence" or "path".
         drawn: H and S at the policy that drew the samples, [N, T], where that is not base; only its S is used.
+        baseline: b of samples.py, nats, [N, T]; None for 0. Not together with `drawn`.
 
     Raises:
-        UserError: shapes, dtypes or names do not fit, or a row without a response token.
+        UserError: shapes, dtypes or names do not fit, a row without a response token, a baseline for "path" or with `drawn`.
     """
     check_names(per, estimator)
     mask = check_mask(mask)
     inverse, B = check_prompts(prompt_index, mask)
+    b = check_baseline(baseline, mask, estimator)
+    if b is not None and drawn is not None:
+        raise UserError(
+            "change_sums was given a baseline and `drawn`: a baseline is fitted at the policy that drew the samples, and the change is "
+            "then counted from there. Leave one of them out."
+        )
     H0, H = on_mask(base.entropy, mask, "base.entropy"), on_mask(moved.entropy, mask, "moved.entropy")
     c = counted(mask, per)
 
@@ -98,12 +108,14 @@ def change_sums(
     with np.errstate(over="ignore", invalid="ignore"):
         w0 = 1.0 if drawn is None else np.exp(reach(log_ratio(drawn, base, mask), estimator))
 
-        def totals(x: FloatArray) -> FloatArray:
-            return by_prompt(np.where(mask, w0 * x, 0.0).sum(axis=1), inverse, B)
+        def totals(terms: FloatArray) -> FloatArray:
+            return by_prompt(np.where(mask, w0 * terms, 0.0).sum(axis=1), inverse, B)
 
-        excess = np.expm1(reach(log_ratio(base, moved, mask), estimator))
+        x = log_ratio(base, moved, mask)
+        excess = np.expm1(reach(x, estimator))
+        M, _, _ = baseline_terms(b, x)
         return ChangeSums(
-            change=totals(H - H0 + excess * H),
+            change=totals(H - H0 + excess * H - M),
             excess=totals(excess * c),
             base_numerator=totals(H0),
             base_denominator=totals(c),
@@ -142,6 +154,7 @@ def noise_floor(
     *,
     per: Per,
     estimator: EstimatorKind,
+    baseline: ArrayLike | None = None,
 ) -> Estimate:
     """½[ĥ(+η) + ĥ(−η)] − ĥ(0): its standard error is the floor below which a direct difference says nothing.
 
@@ -156,6 +169,7 @@ def noise_floor(
         prompt_index: integers [N], equal for sequences of the same prompt.
         per: "token" or "sequence".
         estimator: "per_decision", "whole_sequence" or "path".
+        baseline: b of samples.py, nats, [N, T]; None for 0.
 
     Returns:
         The symmetric difference with its influence-function error, nats per token or sequence.
@@ -164,7 +178,8 @@ def noise_floor(
         UserError: as change_sums, or fewer than two prompts.
     """
     sides = [
-        change_sums(base, moved, mask, prompt_index, per=per, estimator=estimator) for moved in (plus, minus)
+        change_sums(base, moved, mask, prompt_index, per=per, estimator=estimator, baseline=baseline)
+        for moved in (plus, minus)
     ]
     check_prompt_count(*change_arrays(sides[0]))
     values = [change_of(*(x.sum() for x in change_arrays(side))) for side in sides]
