@@ -42,6 +42,9 @@ _HOME = {
     "Result": "report",
     "MeasureConfig": "measure",
     "measure_step": "measure",
+    "SeriesConfig": "measure",
+    "SeriesResult": "report",
+    "measure_series": "measure",
 }
 
 __all__ = ["__version__", *sorted(_HOME)]

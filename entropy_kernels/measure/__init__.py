@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from .config import MeasureConfig
+from .series import measure_series
+from .series_config import SeriesConfig
 from .steps import measure_step
 
-__all__ = ["MeasureConfig", "measure_step"]
+__all__ = ["MeasureConfig", "SeriesConfig", "measure_series", "measure_step"]

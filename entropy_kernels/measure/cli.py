@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import fields
 from importlib import import_module
 
@@ -25,7 +25,7 @@ figure means.
 """
 
 # Sub-command → the module of this package whose run(arguments) does it and returns the exit status; loaded on use.
-COMMANDS: dict[str, str] = {}
+COMMANDS: dict[str, str] = {"series": "series_cli"}
 
 
 def parser() -> argparse.ArgumentParser:
@@ -38,10 +38,18 @@ def parser() -> argparse.ArgumentParser:
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
     )
+    add_flags(p)
+    return p
+
+
+def add_flags(p: argparse.ArgumentParser, only: Container[str] | None = None) -> None:
+    """Give a parser the flags of MeasureConfig, all of them or those of the settings named in `only`."""
     default = {f.name: f.default for f in fields(MeasureConfig)}
 
     def add(group: argparse._ArgumentGroup, flag: str, text: str, **options: object) -> None:
         name = flag.removeprefix("--").replace("-", "_")
+        if only is not None and name not in only:
+            return
         value = default[name]
         shown = "" if value in (None, (), False) else f" (default: {value})"
         if name in CHOICES:
@@ -122,7 +130,6 @@ def parser() -> argparse.ArgumentParser:
         type=int,
         metavar="N",
     )
-    return p
 
 
 def config_from(arguments: Sequence[str]) -> MeasureConfig:

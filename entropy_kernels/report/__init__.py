@@ -3,5 +3,6 @@
 from __future__ import annotations
 
 from .result import SCHEMA_VERSION, Result
+from .series import SeriesResult
 
-__all__ = ["SCHEMA_VERSION", "Result"]
+__all__ = ["SCHEMA_VERSION", "Result", "SeriesResult"]

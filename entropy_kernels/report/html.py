@@ -48,14 +48,73 @@ class PromptRow:
 
 def render(report: Mapping[str, Any], tables: Mapping[str, pa.Table]) -> str:
     """The text of report.html. Text of models and users is escaped; nothing is loaded from elsewhere."""
-    environment = jinja2.Environment(
+    tokens, prompts = reading.token_shares(tables), reading.prompt_shares(tables)
+    change = reading.headline_change(report)
+    truth, truth_method = reading.measured(change)
+    return (
+        _environment()
+        .get_template("page.html")
+        .render(
+            report=report,
+            change=change,
+            truth=truth,
+            truth_method=truth_method,
+            headline=typeset(reading.headline(report)),
+            prediction=typeset(reading.prediction(report)),
+            eta_star=typeset(reading.eta_star(report)),
+            rate=reading.learning_rate(report),
+            floor=reading.noise_floor(report),
+            lost=[reading.below_floor(report, row) for row in report["changes"]],
+            checks=[
+                {name: typeset(text) for name, text in dataclasses.asdict(check).items()}
+                for check in reading.checks(report)
+            ],
+            plots=_plots(report, tables),
+            prompts=None if prompts is None else _concentration(prompts),
+            tokens=None if tokens is None else _concentration(tokens),
+            top_prompts=[]
+            if prompts is None
+            else _top_prompts(prompts, tables["rollouts_e"], change["linear"]),
+            top_tokens=[] if tokens is None else _top_tokens(tokens, tables["tokens_e"], change["linear"]),
+            token_columns=[]
+            if tokens is None
+            else [_HEADINGS[name] for name in _token_columns(tables["tokens_e"])],
+        )
+    )
+
+
+def render_series(report: Mapping[str, Any]) -> str:
+    """The text of series.html."""
+    from . import series, series_plots
+
+    pictures = {
+        name: Markup(plots.svg(draw(), name)) for name, draw in series_plots.available(report).items()
+    }
+    return (
+        _environment()
+        .get_template("series_page.html")
+        .render(
+            report=report,
+            headline=typeset(series.headline(report)),
+            prediction=typeset(series.prediction(report)),
+            notes=[typeset(note) for note in series.notes(report)],
+            plots=pictures,
+            integrated="integrated" in report["intervals"][0],
+            second="quadratic" in report["intervals"][0],
+        )
+    )
+
+
+def _environment() -> jinja2.Environment:
+    """Templates of this package, everything escaped, nothing undefined."""
+    found = jinja2.Environment(
         loader=jinja2.PackageLoader("entropy_kernels", "report"),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {
+    found.filters |= {
         "typeset": typeset,
         "number": lambda value: typeset(number(float(value))),
         "estimate": lambda item: typeset(estimate(item)) if isinstance(item, Estimate) else "–",
@@ -63,33 +122,7 @@ def render(report: Mapping[str, Any], tables: Mapping[str, pa.Table]) -> str:
         "percent": percent,
         "leaf": leaf,
     }
-    tokens, prompts = reading.token_shares(tables), reading.prompt_shares(tables)
-    change = reading.headline_change(report)
-    truth, truth_method = reading.measured(change)
-    return environment.get_template("page.html").render(
-        report=report,
-        change=change,
-        truth=truth,
-        truth_method=truth_method,
-        headline=typeset(reading.headline(report)),
-        prediction=typeset(reading.prediction(report)),
-        eta_star=typeset(reading.eta_star(report)),
-        rate=reading.learning_rate(report),
-        floor=reading.noise_floor(report),
-        lost=[reading.below_floor(report, row) for row in report["changes"]],
-        checks=[
-            {name: typeset(text) for name, text in dataclasses.asdict(check).items()}
-            for check in reading.checks(report)
-        ],
-        plots=_plots(report, tables),
-        prompts=None if prompts is None else _concentration(prompts),
-        tokens=None if tokens is None else _concentration(tokens),
-        top_prompts=[] if prompts is None else _top_prompts(prompts, tables["rollouts_e"], change["linear"]),
-        top_tokens=[] if tokens is None else _top_tokens(tokens, tables["tokens_e"], change["linear"]),
-        token_columns=[]
-        if tokens is None
-        else [_HEADINGS[name] for name in _token_columns(tables["tokens_e"])],
-    )
+    return found
 
 
 def leaf(item: Any) -> str:

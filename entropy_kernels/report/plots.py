@@ -34,7 +34,7 @@ _VARIABLES = {
     QUADRATIC: "quadratic",
     DIRECT: "direct",
 }
-_STYLE: dict[Any, Any] = {
+STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "font.family": "sans-serif",
     "font.size": 10,
@@ -67,7 +67,7 @@ _STYLE: dict[Any, Any] = {
     "axes.facecolor": "none",
     "savefig.facecolor": "none",
 }
-_WIDTH = 7.6
+WIDTH = 7.6
 _MAX_CURVE_POINTS = 400
 
 
@@ -75,7 +75,7 @@ def change_plot(report: Mapping[str, Any]) -> Figure:
     """|ΔH| against η: measurements, predictions, the noise floor, the reach of the linear law."""
     changes = report["changes"]
     eta = np.array([change["eta"] for change in changes])
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figure, axes = _axes(4.6)
         _log_axes(axes, eta)
         for key, label, color, dashes in (
@@ -119,7 +119,7 @@ def residual_plot(report: Mapping[str, Any]) -> Figure:
     truth = np.array([reading.measured(change)[0].value for change in changes])
     error = np.array([_plain(change.get("integration_error")) for change in changes])
     z_linear = np.array([_plain(change.get("z_linear")) for change in changes])
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figure, axes = _axes(4.0)
         _log_axes(axes, eta)
         shown: list[float] = []
@@ -176,7 +176,7 @@ def path_plot(report: Mapping[str, Any]) -> Figure:
     nodes = report["nodes"]
     eta = np.array([node["eta"] for node in nodes])
     value, error = _series(nodes, "first_derivative")
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figure, axes = _axes(3.0)
         axes.axhline(
             value[np.argmin(eta)], color=LINEAR, linewidth=1.2, label="its value at the start: the linear law"
@@ -203,7 +203,7 @@ def path_plot(report: Mapping[str, Any]) -> Figure:
 def prompt_plot(shares: reading.Shares, change: Estimate) -> Figure:
     """What every prompt contributes to the linear prediction, from the most negative to the most positive."""
     value = np.sort(shares.share * change.value)
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figure, axes = _axes(3.2)
         rank = np.arange(1, len(value) + 1)
         for chosen, color, label in (
@@ -231,7 +231,7 @@ def prompt_plot(shares: reading.Shares, change: Estimate) -> Figure:
 
 def concentration_plot(prompts: reading.Shares | None, tokens: reading.Shares | None) -> Figure:
     """Share of Σ|contribution| held by the largest contributors, for tokens and for prompts."""
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figure, axes = _axes(3.4)
         for shares, label, color, dashes in (
             (tokens, "tokens", QUADRATIC, (None, None)),
@@ -288,7 +288,7 @@ _TRUTHS = ("true_integrated", "true_direct")
 
 
 def _axes(height: float) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(_WIDTH, height), layout="constrained")
+    figure = Figure(figsize=(WIDTH, height), layout="constrained")
     return figure, figure.subplots()
 
 
@@ -431,13 +431,13 @@ def _mark_eta_star(axes: Axes, report: Mapping[str, Any]) -> None:
 
 def _bar_width(count: int) -> float:
     """Line width, in points, that lets `count` bars fill the axes."""
-    return max(0.75 * (_WIDTH - 0.9) * 72 / count, 0.6)
+    return max(0.75 * (WIDTH - 0.9) * 72 / count, 0.6)
 
 
 def svg(figure: Figure, name: str) -> str:
     """The figure as an SVG element of a page: no prolog, no metadata, no outside reference, its own ids."""
     buffer = io.StringIO()
-    with matplotlib.rc_context({**_STYLE, "svg.hashsalt": name}):
+    with matplotlib.rc_context({**STYLE, "svg.hashsalt": name}):
         figure.savefig(buffer, format="svg")
     text = buffer.getvalue()
     text = text[text.index("<svg") :]

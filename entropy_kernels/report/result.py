@@ -91,15 +91,13 @@ class Result:
         }
         writers["report.json"] = lambda path: path.write_text(report_text, encoding="utf-8")
         page = directory / "report.html"
-        with _complete_or_absent(directory, writers):
+        with complete_or_absent(directory, writers):
             page.unlink(missing_ok=True)
 
         from .html import render  # matplotlib is slow to import and wanted here only
 
         text = render(self.report, self.tables)
-        with _complete_or_absent(
-            directory, {page.name: lambda path: path.write_text(text, encoding="utf-8")}
-        ):
+        with complete_or_absent(directory, {page.name: lambda path: path.write_text(text, encoding="utf-8")}):
             return page
 
     @classmethod
@@ -149,7 +147,7 @@ class Plots(Mapping[str, "Figure"]):
 
 
 @contextlib.contextmanager
-def _complete_or_absent(directory: Path, writers: dict[str, Callable[[Path], object]]) -> Iterator[None]:
+def complete_or_absent(directory: Path, writers: dict[str, Callable[[Path], object]]) -> Iterator[None]:
     """Writes every file under a temporary name, runs the body, then moves all into place, in order."""
     with tempfile.TemporaryDirectory(prefix=".writing-", dir=directory) as scratch:
         for name, write in writers.items():

@@ -18,7 +18,7 @@ def summarize(report: Mapping[str, Any]) -> str:
     """Headline, the state before the step, the sweep over η, and what the checks say."""
     sentences = (reading.headline(report), reading.prediction(report), reading.eta_star(report))
     lines = [*filter(None, sentences), ""]
-    lines += _table(_state(report), align="<<<") + _part_measured(report)
+    lines += table(_state(report), align="<<<") + _part_measured(report)
     lines += [""] + _sweep(report) + _verdicts(report)
     return "\n".join(line.rstrip() for line in lines)
 
@@ -78,7 +78,7 @@ def _sweep(report: Mapping[str, Any]) -> list[str]:
                 number(change["ess_sequences"]) if "ess_sequences" in change else "-",
             )
         )
-    return _table(rows, align=">" * len(heading))
+    return table(rows, align=">" * len(heading))
 
 
 def _verdicts(report: Mapping[str, Any]) -> list[str]:
@@ -102,7 +102,8 @@ def _around(changes: Sequence[dict[str, Any]], at: int, count: int) -> Sequence[
     return changes[start : start + count]
 
 
-def _table(rows: Sequence[tuple[str, ...]], align: str) -> list[str]:
+def table(rows: Sequence[tuple[str, ...]], align: str) -> list[str]:
+    """Lines with aligned columns; `align` has < or > for each."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))] if rows else []
     return [
         "  ".join(f"{cell:{side}{width}}" for cell, side, width in zip(row, align, widths, strict=True))
