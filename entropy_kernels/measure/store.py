@@ -200,21 +200,23 @@ def file_identity(path: str | Path | None) -> Any:
 
 
 def write_tensors(
-    path: Path, tensors: Mapping[str, Tensor], *, fingerprint: str = "", durable: bool = True
+    path: Path, tensors: Mapping[str, Tensor], *, fingerprint: str | None = None, durable: bool = True
 ) -> None:
     """A safetensors file, complete or absent.
 
     Args:
         path: of the file.
         tensors: by name, on any device.
-        fingerprint: of the run, kept with a checksum in the file's metadata.
+        fingerprint: of the run, kept in the file's metadata with a checksum and the order of the names; None for the tensors alone.
         durable: whether it must also survive a loss of power.
 
     Raises:
         OSError: no room, or no permission; nothing is left behind.
     """
     here = _on_cpu(tensors)
-    metadata = {"run": fingerprint, "crc32": str(_checksum(here))}
+    metadata = None
+    if fingerprint is not None:  # safetensors sorts by name, and the order of parameters decides that of sums
+        metadata = {"run": fingerprint, "crc32": str(_checksum(here)), "names": json.dumps(list(here))}
 
     def write(part: Path) -> None:
         try:
@@ -232,8 +234,8 @@ def read_tensors(path: Path, fingerprint: str = "") -> dict[str, Tensor] | None:
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-            found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
-    except (OSError, SafetensorError):
+            found = {name: file.get_tensor(name) for name in json.loads(metadata["names"])}
+    except (OSError, SafetensorError, KeyError, ValueError):
         return None
     same = metadata.get("run") == fingerprint and metadata.get("crc32") == str(_checksum(found))
     return found if same else None

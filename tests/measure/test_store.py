@@ -37,6 +37,7 @@ def test_a_finished_stage_comes_back_bit_for_bit(tmp_path):
     }
     computed = store.tensors("stage_1e-06", lambda: kinds)
     again = store.tensors("stage_1e-06", never)
+    assert list(computed) == list(again) == list(kinds)  # the order of parameters is that of sums
     for name, x in kinds.items():
         want = torch.as_tensor(x)
         for found in (computed[name], again[name]):
