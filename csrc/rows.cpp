@@ -13,6 +13,7 @@
 #include <cmath>
 #include <cstdint>
 #include <limits>
+#include <vector>
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
@@ -34,6 +35,17 @@ struct Args {
   void* out[3] = {};
 };
 using Kernel = void (*)(const Args&, int64_t begin, int64_t end);
+
+// The kept set of each row by its threshold and, where `count` is given, the values that go with it.
+struct TruncatedArgs {
+  int64_t R = 0, V = 0, z_stride = 0;
+  const void *z = nullptr, *tau = nullptr;
+  const int64_t *y = nullptr, *k = nullptr;
+  const double* p = nullptr;
+  void *threshold = nullptr, *out[5] = {};  // entropy, logprob, kept mass, tail entropy, full entropy
+  int64_t* count = nullptr;
+};
+using TruncatedKernel = void (*)(const TruncatedArgs&, int64_t begin, int64_t end);
 
 // Two bytes each, told apart by the type alone.
 struct BFloat16 {
@@ -63,6 +75,7 @@ namespace baseline {
 #include "simd.h"
 #include "row_stats.h"
 #include "row_kernels.h"
+#include "truncated_kernels.h"
 #undef EK_FN
 #undef EK_LOOP
 #undef EK_BYTES
@@ -76,6 +89,7 @@ namespace avx2 {
 #include "simd.h"
 #include "row_stats.h"
 #include "row_kernels.h"
+#include "truncated_kernels.h"
 #undef EK_FN
 #undef EK_LOOP
 #undef EK_BYTES
@@ -88,6 +102,7 @@ namespace avx512 {
 #include "simd.h"
 #include "row_stats.h"
 #include "row_kernels.h"
+#include "truncated_kernels.h"
 #undef EK_FN
 #undef EK_LOOP
 #undef EK_BYTES
@@ -114,6 +129,16 @@ Kernel pick(Function function, Dtype dtype, int64_t level) {
   if (level == 1) return avx2::kernel_for(function, dtype);
 #endif
   return baseline::kernel_for(function, dtype);
+}
+
+TruncatedKernel pick_truncated(Dtype dtype, int64_t level) {
+  STD_TORCH_CHECK(level >= 0 && level <= best_level(), "rows: this processor has instruction levels 0..", best_level(),
+                  ", got ", level);
+#if defined(__x86_64__)
+  if (level == 2) return avx512::truncated_kernel_for(dtype);
+  if (level == 1) return avx2::truncated_kernel_for(dtype);
+#endif
+  return baseline::truncated_kernel_for(dtype);
 }
 
 const void* rows_of(const Tensor& x, const Tensor& z, int64_t* stride, const char* name) {
@@ -159,12 +184,16 @@ void set_gradient(Args* a, const Tensor& z, const Tensor& out) {
   a->out[0] = out.mutable_data_ptr();
 }
 
-void run(Function function, const Tensor& z, const Args& a, int64_t level) {
-  const Kernel kernel = pick(function, z.scalar_type(), level);
+template <class Kernel, class A>
+void over_rows(Kernel kernel, const A& a) {
   STD_TORCH_CHECK(kernel != nullptr, "rows: z must be float64, float32, bfloat16 or float16");
   constexpr int64_t worth_a_thread = 1 << 15;  // elements
   const int64_t grain = std::max<int64_t>(1, worth_a_thread / std::max<int64_t>(1, a.V));
   torch::stable::parallel_for(0, a.R, grain, [&](int64_t begin, int64_t end) { kernel(a, begin, end); });
+}
+
+void run(Function function, const Tensor& z, const Args& a, int64_t level) {
+  over_rows(pick(function, z.scalar_type(), level), a);
 }
 
 void values(const Tensor& z, const Tensor& y, const Tensor& tau, const Tensor& entropy, const Tensor& logprob,
@@ -216,6 +245,42 @@ void cotangent_tangents(const Tensor& z, const Tensor& dz, const Tensor& y, cons
   run(Function::cotangent_tangents, z, a, level);
 }
 
+TruncatedArgs truncation(const Tensor& z, const Tensor& tau, const Tensor& top_k, const Tensor& top_p, const Tensor& threshold) {
+  TruncatedArgs a;
+  a.z = rows_of(z, z, &a.z_stride, "z");
+  a.R = z.size(0), a.V = z.size(1);
+  STD_TORCH_CHECK(a.V > 0 || a.R == 0, "rows: a row needs at least one column");
+  check_vector(tau, a.R, compute_dtype(z), "tau");
+  check_vector(top_k, a.R, Dtype::Long, "top_k");
+  check_vector(top_p, a.R, Dtype::Double, "top_p");
+  check_vector(threshold, a.R, compute_dtype(z), "the threshold");
+  a.tau = tau.const_data_ptr(), a.k = top_k.const_data_ptr<int64_t>(), a.p = top_p.const_data_ptr<double>();
+  a.threshold = threshold.mutable_data_ptr();
+  for (int64_t r = 0; r < a.R; r++)
+    STD_TORCH_CHECK(a.k[r] > 0 && a.p[r] > 0, "rows: top_k and top_p must be positive, got ", a.k[r], " and ", a.p[r]);
+  return a;
+}
+
+void thresholds(const Tensor& z, const Tensor& tau, const Tensor& top_k, const Tensor& top_p, const Tensor& threshold,
+                int64_t level) {
+  over_rows(pick_truncated(z.scalar_type(), level), truncation(z, tau, top_k, top_p, threshold));
+}
+
+void truncated_values(const Tensor& z, const Tensor& y, const Tensor& tau, const Tensor& top_k, const Tensor& top_p,
+                      const Tensor& threshold, const Tensor& entropy, const Tensor& logprob, const Tensor& kept_mass,
+                      const Tensor& kept_count, const Tensor& tail_entropy, const Tensor& full_entropy, int64_t level) {
+  TruncatedArgs a = truncation(z, tau, top_k, top_p, threshold);
+  a.y = arguments(z, y, tau).y;
+  check_vector(kept_count, a.R, Dtype::Long, "kept_count");
+  a.count = kept_count.mutable_data_ptr<int64_t>();
+  const Tensor* out[5] = {&entropy, &logprob, &kept_mass, &tail_entropy, &full_entropy};
+  for (int i = 0; i < 5; i++) {
+    check_vector(*out[i], a.R, compute_dtype(z), "an output");
+    a.out[i] = out[i]->mutable_data_ptr();
+  }
+  over_rows(pick_truncated(z.scalar_type(), level), a);
+}
+
 }  // namespace
 
 #define EK_OUT "Tensor(a!) entropy, Tensor(b!) logprob, Tensor(c!) logsumexp, int level) -> ()"
@@ -229,6 +294,11 @@ STABLE_TORCH_LIBRARY(entropy_kernels, m) {
   m.def(
       "row_cotangent_tangents(Tensor z, Tensor dz, Tensor y, Tensor tau, Tensor q, Tensor g, Tensor l, "
       "Tensor dq, Tensor dg, Tensor dl, Tensor(a!) out, int level) -> ()");
+  m.def("row_thresholds(Tensor z, Tensor tau, Tensor top_k, Tensor top_p, Tensor(a!) threshold, int level) -> ()");
+  m.def(
+      "truncated_values(Tensor z, Tensor y, Tensor tau, Tensor top_k, Tensor top_p, Tensor(a!) threshold, Tensor(b!) entropy, "
+      "Tensor(c!) logprob, Tensor(d!) kept_mass, Tensor(e!) kept_count, Tensor(f!) tail_entropy, Tensor(g!) full_entropy, "
+      "int level) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(entropy_kernels, CompositeExplicitAutograd, m) { m.impl("best_level", TORCH_BOX(&best_level)); }
@@ -239,4 +309,6 @@ STABLE_TORCH_LIBRARY_IMPL(entropy_kernels, CPU, m) {
   m.impl("row_second_tangents", TORCH_BOX(&second_tangents));
   m.impl("row_cotangents", TORCH_BOX(&cotangents));
   m.impl("row_cotangent_tangents", TORCH_BOX(&cotangent_tangents));
+  m.impl("row_thresholds", TORCH_BOX(&thresholds));
+  m.impl("truncated_values", TORCH_BOX(&truncated_values));
 }

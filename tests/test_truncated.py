@@ -114,6 +114,28 @@ def test_the_parts_make_up_the_full_entropy(row, k, p, dtype):
     assert (total >= 0) and 0 < s <= 1
 
 
+def test_values_alone_are_those_of_the_differentiable_path():
+    """Without a derivative nothing the size of the logits is made on the CPU; every way of asking for one leaves that path."""
+    z, y, _, v, _ = rows(width=3000)
+    for dtype in (torch.float64, torch.float32):
+        options = dict(top_k=700, top_p=0.95, temperature=TAU)
+        alone = truncated_entropy(z.to(dtype), y, **options)
+        recorded = truncated_entropy(z.to(dtype).clone().requires_grad_(), y, **options)
+        assert recorded.entropy.requires_grad and not alone.entropy.requires_grad
+        for a, b in zip(alone, recorded, strict=True):
+            assert torch.allclose(a, b, rtol=1e-12 if dtype == torch.float64 else 2e-6, atol=0)
+    with torch.no_grad():
+        assert torch.equal(
+            truncated_entropy(z.clone().requires_grad_(), y, **options).entropy,
+            truncated_entropy(z, y, **options).entropy,
+        )
+    with torch.inference_mode():
+        assert torch.equal(
+            truncated_entropy(z, y, **options).entropy, truncated_entropy(z.clone(), y, **options).entropy
+        )
+    assert jvp(lambda z: truncated_entropy(z, top_k=7).entropy, (z,), (v,))[1].abs().min() > 0
+
+
 def test_no_truncation_is_the_full_row():
     z, y, _, _, _ = rows()
     full = entropy_logprob(z, y, temperature=TAU)
@@ -215,7 +237,7 @@ def test_vmap_any_shape_and_per_row_settings():
     mapped = vmap(lambda z, y: truncated_entropy(z, y, top_k=3, top_p=0.9).entropy)(
         z.view(2, 3, 11), y.view(2, 3)
     )
-    assert torch.equal(mapped.reshape(-1), truncated_entropy(z, y, top_k=3, top_p=0.9).entropy)
+    assert torch.allclose(mapped.reshape(-1), truncated_entropy(z, y, top_k=3, top_p=0.9).entropy, rtol=1e-14)
     assert truncated_entropy(z[:0], y[:0], top_k=3).entropy.shape == (0,)
 
 

@@ -6,21 +6,25 @@ Everything is a row of `rows` again. With rows restricted to S and to the tail (
 
 so the four Functions of `rows` give all derivatives, and s keeps its digits where it is tiny as well as where 1 − s is. The two
 logsumexps are counted from the row's largest logit, lest a common shift of the logits cost digits of their difference.
+
+Kept sets are found on the CPU in C++, without sorting; elsewhere by sorting in plain torch. Where no derivative is asked for and top-k
+or top-p define the set, the C++ function gives the values too, without a mask or a masked copy of the logits.
 """
 
 from __future__ import annotations
 
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
+from torch.autograd import Function, forward_ad
 
 from entropy_kernels.ops import truncated
 from entropy_kernels.ops.reference import compute_dtype
 
 from .arguments import check_values, flat_targets, flat_temperature, refuse_compiling
-from .rows import _over_rows, _Values
+from .rows import _over_rows, _Values, row_functions
 
 
 class TruncatedEntropy(NamedTuple):
@@ -34,6 +38,18 @@ class TruncatedEntropy(NamedTuple):
     full_entropy: Tensor
 
 
+def _set_functions(device: torch.device) -> ModuleType:
+    """What finds kept sets on a device: the file of its row functions, or plain torch where that has no such function."""
+    ops = row_functions(device)
+    return ops if hasattr(ops, "kept_set") else truncated
+
+
+def backend(device: torch.device) -> str:
+    """What finds kept sets on that device, in words for a report."""
+    ops = _set_functions(device)
+    return "plain torch" if ops is truncated else ops.backend()
+
+
 class _KeptSet(Function):
     """(z, τ, k, p) → S, bool: no derivative, and more rows under vmap."""
 
@@ -43,7 +59,7 @@ class _KeptSet(Function):
 
     @staticmethod
     def forward(z: Tensor, tau: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
-        return truncated.kept_set(z, tau, top_k, top_p)
+        return _set_functions(z.device).kept_set(z, tau, top_k, top_p)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -83,7 +99,8 @@ def kept_set(
     refuse_compiling(name)
     _check_logits(name, logits)
     tau = flat_temperature(name, temperature, logits, logits.shape[:-1])
-    return _kept_set(name, logits, tau, top_k, top_p).reshape(logits.shape)
+    k, p = _truncation(name, logits, top_k, top_p)
+    return _KeptSet.apply(logits.reshape(len(k), logits.shape[-1]), tau, k, p).reshape(logits.shape)
 
 
 def truncated_entropy(
@@ -126,17 +143,33 @@ def truncated_entropy(
     shape, V = logits.shape[:-1], logits.shape[-1]
     y = flat_targets(name, targets, shape, V, ignore_index, logits.device)
     tau = flat_temperature(name, temperature, logits, shape)
-    if kept is None:
-        S = _kept_set(name, logits, tau, top_k, top_p)
+    z = logits.reshape(shape.numel(), V)
+    parts: tuple[Tensor, ...]
+    if kept is not None:
+        parts = _parts(z, _replayed(name, logits, kept, top_k, top_p), y, tau)
     else:
-        S = _replayed(name, logits, kept, top_k, top_p)
-    z = logits.reshape(-1, V)
-    parts = _parts(z.to(compute_dtype(z.dtype)), S, y, tau)
+        k, p = _truncation(name, logits, top_k, top_p)
+        ops = _set_functions(logits.device)
+        if hasattr(ops, "truncated_values_of_rows") and not _is_differentiated(logits):
+            parts = ops.truncated_values_of_rows(z, y, tau, k, p)
+        else:
+            parts = _parts(z, _KeptSet.apply(z, tau, k, p), y, tau)
     result = TruncatedEntropy(*(x.reshape(shape) for x in parts))
     return result if targets is not None else result._replace(logprob=None)
 
 
+def _is_differentiated(x: Tensor) -> bool:
+    """A derivative of what is computed from x may be asked for, or x is a functorch wrapper whose data cannot be handed on."""
+    return (
+        (x.requires_grad and torch.is_grad_enabled())
+        or torch._C._functorch.is_functorch_wrapped_tensor(x)
+        or forward_ad.unpack_dual(x).tangent is not None
+    )
+
+
 def _parts(z: Tensor, S: Tensor, y: Tensor, tau: Tensor) -> tuple[Tensor, ...]:
+    """The fields of TruncatedEntropy, [R] each, from differentiable functions of z."""
+    z = z.to(compute_dtype(z.dtype))
     none = torch.full_like(y, -1)
     y_column = y.clamp_min(0).unsqueeze(-1)
     cut = (y >= 0) & ~S.gather(-1, y_column).squeeze(-1)
@@ -179,17 +212,16 @@ def _replayed(name: str, logits: Tensor, kept: Tensor, top_k: object, top_p: obj
     return kept.reshape(-1, kept.shape[-1])
 
 
-def _kept_set(
-    name: str, logits: Tensor, tau: Tensor, top_k: int | Tensor | None, top_p: float | Tensor | None
-) -> Tensor:
-    """S, bool [R, V]."""
-    shape, V = logits.shape[:-1], logits.shape[-1]
+def _truncation(
+    name: str, logits: Tensor, top_k: int | Tensor | None, top_p: float | Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """k and p of each row, [R]; V and 1 where there is no truncation."""
+    V = logits.shape[-1]
     k = _per_row(name, "top_k", V if top_k is None else top_k, torch.int64, logits)
     check_values(name, k < 0, k, "top_k must be positive, or 0 to keep every token; got {}.")
     p = _per_row(name, "top_p", 1.0 if top_p is None else top_p, torch.float64, logits)
     check_values(name, ~((p > 0) & (p <= 1)), p, "top_p must lie in (0, 1], got {}.")
-    k = torch.where(k == 0, V, k)
-    return _KeptSet.apply(logits.reshape(shape.numel(), V), tau, k, p)
+    return torch.where(k == 0, V, k), p
 
 
 def _per_row(name: str, argument: str, value: Any, dtype: torch.dtype, logits: Tensor) -> Tensor:

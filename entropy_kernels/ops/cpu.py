@@ -20,8 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import reference
+from . import reference, truncated
 from .reference import RowValues, compute_dtype
+from .truncated import TruncatedValues
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 _BUILT = _PACKAGE / "_rows.so"
@@ -178,3 +179,44 @@ def row_cotangent_tangents(
         logits, tangent, y.contiguous(), *_vectors(z, tau, *cotangents, *cotangent_tangents), out, level
     )
     return out.to(z.dtype)
+
+
+def kept_set(z: Tensor, tau: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
+    """The kept tokens, bool [R, V], from thresholds that need no sorting: top_k first, then top_p of what it left."""
+    if (level := _level()) is None:
+        return truncated.kept_set(z, tau, top_k, top_p)
+    (logits,) = _prepared(z)
+    threshold = torch.empty(len(z), dtype=compute_dtype(z.dtype), device=z.device)
+    torch.ops.entropy_kernels.row_thresholds(
+        logits, *_vectors(z, tau), top_k.contiguous(), top_p.contiguous(), threshold, level
+    )
+    # −∞ is never kept; a NaN keeps nothing
+    return logits >= threshold.clamp(min=torch.finfo(logits.dtype).min).to(logits.dtype).unsqueeze(-1)
+
+
+def truncated_values_of_rows(
+    z: Tensor, y: Tensor, tau: Tensor, top_k: Tensor, top_p: Tensor
+) -> TruncatedValues:
+    """`truncated.truncated_values` of `kept_set`, in two or three reads of the logits and without a mask."""
+    if (level := _level()) is None:
+        return truncated.truncated_values(z, truncated.kept_set(z, tau, top_k, top_p), y, tau)
+    (logits,) = _prepared(z)
+    wide = compute_dtype(z.dtype)
+    out = TruncatedValues(
+        *(
+            torch.empty(len(z), dtype=torch.int64 if name == "kept_count" else wide, device=z.device)
+            for name in TruncatedValues._fields
+        )
+    )
+    threshold = torch.empty(len(z), dtype=wide, device=z.device)
+    torch.ops.entropy_kernels.truncated_values(
+        logits,
+        y.contiguous(),
+        *_vectors(z, tau),
+        top_k.contiguous(),
+        top_p.contiguous(),
+        threshold,
+        *out,
+        level,
+    )
+    return out
