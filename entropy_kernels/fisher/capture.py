@@ -50,6 +50,7 @@ class Layout(NamedTuple):
         str, ...
     ]  # "dense" (left is [t, C]), "ids" (left is a token id), "held" (the gradient itself)
     in_head: tuple[bool, ...]  # per term: only response tokens pass the output layer
+    right: tuple[int, ...]  # per term: where its right side is in memory; layers with one input share it
 
 
 class Survey(NamedTuple):
@@ -167,7 +168,8 @@ def survey(policy: Policy, batch: TokenBatch) -> Survey:
         kinds = tuple(_kind_of(term, C) for term in samples[0])
         in_head = tuple(u.module in head for u in uses[name])
         looped = len(in_head) != len(kinds)
-        layouts[name] = Layout(C, D, kinds, (False,) * len(kinds) if looped else in_head)
+        rights = tuple(term.right.untyped_storage().data_ptr() for term in samples[0])
+        layouts[name] = Layout(C, D, kinds, (False,) * len(kinds) if looped else in_head, rights)
     return Survey(layouts, per_token)
 
 

@@ -104,15 +104,12 @@ def estimate(
         )
     forced = {"materialised": False, "ghost": True}.get(method)
     pieces: list[Piece] = []
-    bytes_of: dict[Piece, float] = {}
     contraction = 0.0
     for name, layout in found.layouts.items():
         chosen, operations = _pieces(name, layout, rows, cols, item, room, preconditioned, forced)
         pieces += chosen
         contraction += operations
-        bytes_of |= {piece: _bytes(piece, layout, both, item) for piece in chosen}
-    groups = _grouped(pieces, bytes_of, room)
-    largest = max(sum(bytes_of[piece] for piece in group) for group in groups)
+    groups, largest = _grouped(pieces, found.layouts, both, item, room)
     flops = {
         "layers": 2 * len(groups) * forward + contraction,
         "jvp": 3 * M * _flops_forward(policy, rows) + 3 * _flops_forward(policy, other),
@@ -206,30 +203,43 @@ def _pieces(
         parts = min(2 * parts, C)
 
 
-def _bytes(piece: Piece, layout: Layout, both: list[Side], item: int) -> float:
-    """What is kept of one piece for all sequences."""
+def _bytes(
+    piece: Piece, layout: Layout, both: list[Side], item: int, there: frozenset[int] = frozenset()
+) -> float:
+    """What is kept of one piece for all sequences, but for right sides that are there already."""
     height, D = piece.span[1] - piece.span[0], layout.D
     total = 0.0
     for s in both:
         if piece.held or "held" in layout.terms:
             total += s.sequences * height * (D * item + 8)
             continue
-        for kind, in_head in zip(layout.terms, layout.in_head, strict=True):
-            total += _tokens(in_head, s) * (D * item + (height * item if kind == "dense" else 8))
+        for kind, in_head, right in zip(layout.terms, layout.in_head, layout.right, strict=True):
+            width = (0 if right in there else D * item) + (height * item if kind == "dense" else 8)
+            total += _tokens(in_head, s) * width
     return total
 
 
-def _grouped(pieces: list[Piece], bytes_of: dict[Piece, float], room: float) -> tuple[tuple[Piece, ...], ...]:
-    """Neighbours together, as many as fit."""
+def _grouped(
+    pieces: list[Piece], layouts: dict[str, Layout], both: list[Side], item: int, room: float
+) -> tuple[tuple[tuple[Piece, ...], ...], float]:
+    """Neighbours together, as many as fit; and the bytes of the largest group."""
     groups: list[list[Piece]] = []
-    left = 0.0
+    sizes: list[float] = []
+    there: frozenset[int] = frozenset()
     for piece in pieces:
-        if not groups or bytes_of[piece] > left or any(piece.name == other.name for other in groups[-1]):
+        layout = layouts[piece.name]
+        more = _bytes(piece, layout, both, item, there)
+        again = bool(groups) and any(piece.name == other.name for other in groups[-1])
+        if not groups or again or sizes[-1] + more > room:
             groups.append([])
-            left = room
+            more = _bytes(piece, layout, both, item)
+            sizes.append(0.0)
+            there = frozenset()
         groups[-1].append(piece)
-        left -= bytes_of[piece]
-    return tuple(map(tuple, groups))
+        sizes[-1] += more
+        if not piece.held:
+            there |= frozenset(layout.right)
+    return tuple(map(tuple, groups)), max(sizes)
 
 
 def check_positive(name: str, x: Tensor, p: Tensor) -> None:

@@ -22,6 +22,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+LONGEST = 1 << 16  # numbers summed in the factors' dtype: float32 loses three digits over the 10⁷ of a large layer
+
 
 class Term(NamedTuple):
     """Σ_k left_k ⊗ right_k: left [t, b − a], or [t] token ids (one-hot rows of [0, C)); right [t, D]."""
@@ -85,7 +87,8 @@ def materialised_gram(
             Q = materialise(cols, start, stop, a, block[len(rows) :])
             if preconditioner is not None:
                 Q.mul_(preconditioner[start:stop].sqrt())
-        total += (G.flatten(1) @ Q.flatten(1).t()).double()
+        for g, q in zip(G.flatten(1).split(LONGEST, 1), Q.flatten(1).split(LONGEST, 1), strict=True):
+            total += (g @ q.t()).double()
     return total
 
 
