@@ -35,6 +35,8 @@ _HOME = {
     "FisherCost": "fisher",
     "fisher_cost": "fisher",
     "fisher_kernel": "fisher",
+    "fisher_sketch": "fisher",
+    "Sketch": "fisher",
     "OptimizerState": "updates",
     "UpdateDirection": "updates",
     "update_direction": "updates",

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from entropy_kernels.errors import UserError
 from entropy_kernels.ops.contract import ghost_flops, materialised_flops
-from entropy_kernels.policy import Policy, TokenBatch
+from entropy_kernels.policy import Parameters, Policy, TokenBatch
 
 from .capture import Layout, Span, Survey
 
@@ -242,12 +242,29 @@ def _grouped(
     return tuple(map(tuple, groups)), max(sizes)
 
 
-def check_positive(name: str, x: Tensor, p: Tensor) -> None:
-    """Refuse a diagonal that is not one.
+def check_preconditioner(policy: Policy, preconditioner: Parameters | None) -> Parameters | None:
+    """P on the policy's device and in its dtype.
 
     Raises:
-        UserError: another shape, or entries that are not positive and finite.
+        UserError: other names or shapes than the policy's parameters, entries that are not positive and finite.
     """
+    if preconditioner is None:
+        return None
+    missing, extra = (
+        policy.params.keys() - preconditioner.keys(),
+        preconditioner.keys() - policy.params.keys(),
+    )
+    if missing or extra:
+        raise UserError(
+            f"preconditioner: expected exactly the {len(policy.params)} names in policy.params; missing {sorted(missing)[:3]}, unknown "
+            f"{sorted(extra)[:3]}. UpdateDirection.preconditioner of the same parameters has them."
+        )
+    for name, p in policy.params.items():
+        _check_positive(name, preconditioner[name], p)
+    return {name: preconditioner[name].to(p.device, p.dtype) for name, p in policy.params.items()}
+
+
+def _check_positive(name: str, x: Tensor, p: Tensor) -> None:
     if x.shape != p.shape:
         raise UserError(
             f"preconditioner[{name!r}]: got shape {tuple(x.shape)}, expected {tuple(p.shape)}, one number for every parameter: P itself, "

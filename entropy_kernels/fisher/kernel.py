@@ -262,20 +262,7 @@ def _checked(
                 f"cols_policy: expected the same model with the same parameters measured; {len(differing)} differ, such as {differing[0]}. "
                 "Load both checkpoints with the same parameters= and dtype=."
             )
-    if preconditioner is None:
-        return None
-    missing, extra = (
-        policy.params.keys() - preconditioner.keys(),
-        preconditioner.keys() - policy.params.keys(),
-    )
-    if missing or extra:
-        raise UserError(
-            f"preconditioner: expected exactly the {len(policy.params)} names in policy.params; missing {sorted(missing)[:3]}, unknown "
-            f"{sorted(extra)[:3]}. UpdateDirection.preconditioner of the same parameters has them."
-        )
-    for name, p in policy.params.items():
-        cost.check_positive(name, preconditioner[name], p)
-    return {name: preconditioner[name].to(p.device, p.dtype) for name, p in policy.params.items()}
+    return cost.check_preconditioner(policy, preconditioner)
 
 
 def _free_bytes(policy: Policy) -> float:

@@ -22,7 +22,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-LONGEST = 1 << 16  # numbers summed in the factors' dtype: float32 loses three digits over the 10⁷ of a large layer
+LONGEST = (
+    1 << 16
+)  # numbers summed in the factors' dtype: float32 loses three digits over the 10⁷ of a large layer
 
 
 class Term(NamedTuple):
