@@ -44,6 +44,8 @@ _HOME = {
     "Result": "report",
     "MeasureConfig": "measure",
     "measure_step": "measure",
+    "compare_results": "measure",
+    "Comparison": "report",
     "SeriesConfig": "measure",
     "SeriesResult": "report",
     "measure_series": "measure",

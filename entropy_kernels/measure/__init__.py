@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from .comparing import compare_results
 from .config import MeasureConfig
 from .series import measure_series
 from .series_config import SeriesConfig
 from .steps import measure_step
 
-__all__ = ["MeasureConfig", "SeriesConfig", "measure_series", "measure_step"]
+__all__ = ["MeasureConfig", "SeriesConfig", "compare_results", "measure_series", "measure_step"]

@@ -29,6 +29,7 @@ from .along import Along, bar
 from .config import MeasureConfig
 from .direction import describe_update, get_update, load_state, read_direction
 from .identity import identity
+from .influence import influence_table
 from .samples import batch_of, check_samples, describe, get_rollouts
 from .store import open_store
 from .writing import environment, token_table, write_update
@@ -82,6 +83,7 @@ def measure_step(config: MeasureConfig, *, directory: str | None = None, progres
         tables = {
             "rollouts_e": E.to_table(),
             "tokens_e": token_table(batch_e, policy.tokenizer, along.token_columns()),
+            "influence": influence_table(along, E),
         }
         if U is not None:
             with clock("tokens of U"), bar(progress, "update tokens", len(U)) as tick:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
+from .comparison import Comparison
 from .result import SCHEMA_VERSION, Result
 from .series import SeriesResult
 
-__all__ = ["SCHEMA_VERSION", "Result", "SeriesResult"]
+__all__ = ["SCHEMA_VERSION", "Comparison", "Result", "SeriesResult"]

@@ -13,6 +13,7 @@ from markupsafe import Markup
 
 from ..stats import Estimate
 from . import plots, reading
+from .comparison import Comparison
 from .numbers import estimate, in_words, number, percent, typeset
 
 TOP_TOKENS = 25
@@ -103,6 +104,11 @@ def render_series(report: Mapping[str, Any]) -> str:
             second="quadratic" in report["intervals"][0],
         )
     )
+
+
+def render_comparison(comparison: Comparison) -> str:
+    """The page of two reports side by side."""
+    return _environment().get_template("comparison.html").render(comparison=comparison)
 
 
 def _environment() -> jinja2.Environment:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from .baselines import BaselineKind, baseline, variance_ratio
 from .coefficients import Cotangents, token_contributions, token_cotangent_tangents, token_cotangents
 from .compare import Comparison, compare_direct, compare_integrated
+from .differences import paired_difference, unpaired_difference
 from .estimate import Estimate
 from .lag import LagProfile, Lags, Truncated, lag_profile, lag_sums, truncated
 from .linear import EtaStar, eta_star, linear_change, quadratic_change
@@ -130,6 +131,7 @@ __all__ = [
     "noise_floor",
     "one_batch",
     "pair_products",
+    "paired_difference",
     "panel_weights",
     "prompt_sums",
     "prompt_variance",
@@ -149,6 +151,7 @@ __all__ = [
     "token_cotangents",
     "truncated",
     "two_batch",
+    "unpaired_difference",
     "variance_ratio",
     "within_variance",
 ]
