@@ -27,6 +27,8 @@ _HOME = {
     "TokenTangents": "derivatives",
     "TokenCurvature": "derivatives",
     "token_stats": "derivatives",
+    "TokenSupport": "derivatives",
+    "token_support": "derivatives",
     "token_tangents": "derivatives",
     "token_curvature": "derivatives",
     "entropy_gradient": "derivatives",

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .errors import UserError
-from .ops.truncated import kept_set
+from .functional import kept_set
 
 # How far beyond the edge a drawn token may lie: logits in units of τ, and cumulated probability. Float32 models differ by some 1e-5
 # between a whole sequence at once and token by token.
@@ -68,15 +68,8 @@ class Truncation:
         return Kept(kept, at_edge)
 
     def _kept(self, z: Tensor, temperature: float, slack: float) -> Tensor:
-        def of_rows(value: float, dtype: torch.dtype) -> Tensor:
-            return torch.full((len(z),), value, dtype=dtype, device=z.device)
-
-        return kept_set(
-            z,
-            of_rows(temperature, z.dtype),
-            None if self.top_k is None else of_rows(self.top_k, torch.int64),
-            None if self.top_p is None else of_rows(min(1.0, self.top_p + slack), torch.float64),
-        )
+        top_p = None if self.top_p is None else min(1.0, self.top_p + slack)
+        return kept_set(z, top_k=self.top_k, top_p=top_p, temperature=temperature)
 
 
 def truncation(top_k: int | None, top_p: float | None) -> Truncation | None:

@@ -18,11 +18,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .. import stats
-from ..derivatives import Parts, token_curvature, token_stats, token_tangents
+from ..derivatives import Parts, token_curvature, token_stats, token_support, token_tangents
 from ..policy import Parameters, Policy, TokenBatch
 from ..rl.rollouts import Rollouts
 from .config import MeasureConfig
 from .store import NOWHERE, Store
+from .truncated import kept_sets
 
 FIRST_NODES, MOST_NODES = 5, 16
 COST = {"values": 1, "tangents": 3, "curvature": 9}  # in forward passes, for the progress bar
@@ -56,7 +57,7 @@ class Along:
         passes = COST["curvature" if config.second_order else "tangents"]
         if config.truth != "direct":
             passes += COST["tangents"] * (FIRST_NODES - 1)
-        if config.truth != "integrated":
+        if config.truth != "integrated" or policy.truncation is not None:
             passes += COST["values"] * (len(etas) + 2)
         with bar(progress, "entropy along the step", passes * len(self.mask)) as tick:
             self._evaluate(tick)
@@ -78,13 +79,17 @@ class Along:
         self.base_sums = self.sums(self.base, curvature=self.curvature)
         self.direct: dict[float, stats.TokenValues] = {}
         self.rounding: dict[float, float] = {}
-        if self.config.truth != "integrated":
+        self.support: dict[float, dict[str, np.ndarray]] = {}  # of a truncated policy
+        if self.config.truth != "integrated" or self.policy.truncation is not None:
             for eta in (0.0, -self.etas[0], *self.etas):  # 0 again: by the very same operations as the others
                 moved = self.policy.shifted(self.direction, eta)
                 if eta:
                     self.rounding[eta] = rounding(self.policy, moved, self.direction, eta)
                 values = self._values(eta, moved, weighted["values"])
-                self.direct[eta] = stats.TokenValues(values["entropy"], values["logprob"])
+                if self.config.truth != "integrated":
+                    self.direct[eta] = stats.TokenValues(values["entropy"], values["logprob"])
+                if self.policy.truncation is not None:
+                    self.support[eta] = values
         self.nodes: list[Moved] = []
         if self.config.truth != "direct":
             self._integrate(weighted["tangents"])
@@ -123,8 +128,9 @@ class Along:
         )
 
     def _values(self, eta: float, moved: Policy, tick: Callable[[int], Any]) -> dict[str, np.ndarray]:
+        evaluate: Callable[..., Any] = token_stats if moved.truncation is None else token_support
         return self._kept(
-            f"values_{eta!r}", lambda parts: token_stats(moved, self.batch, progress=tick, parts=parts)
+            f"values_{eta!r}", lambda parts: evaluate(moved, self.batch, progress=tick, parts=parts)
         )
 
     def _kept(self, name: str, evaluate: Callable[[Parts | None], Any]) -> dict[str, np.ndarray]:
@@ -186,7 +192,13 @@ class Along:
             sanity["z_mean_weight"] = stats.mean_weight(
                 self.direct[0.0], self.direct[nearest], self.mask, self.prompt
             ).z_score()
+        kept = {}
+        if self.policy.truncation is not None:
+            kept["truncation"] = kept_sets(
+                self.policy.truncation, self.support, self.mask, self.prompt, **kind
+            )
         return {
+            **kept,
             "entropy": {
                 "per_token": plain["token"],
                 "per_sequence": plain["sequence"],

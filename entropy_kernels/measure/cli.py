@@ -97,6 +97,20 @@ def add_flags(p: argparse.ArgumentParser, only: Container[str] | None = None) ->
     ):
         add(data, flag, text, type=int, metavar="N")
     add(data, "--temperature", "of the policy: sampling and entropy", type=float, metavar="τ")
+    add(
+        data,
+        "--top-k",
+        "truncate the policy to its K most probable tokens: sampling and entropy",
+        type=int,
+        metavar="K",
+    )
+    add(
+        data,
+        "--top-p",
+        "then to the fewest of them that hold this share of the probability",
+        type=float,
+        metavar="P",
+    )
 
     step = p.add_argument_group("the step")
     add(step, "--update", "adamw, rmsprop, sgd, next:CHECKPOINT or FILE.safetensors", metavar="RULE")

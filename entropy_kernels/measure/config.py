@@ -7,6 +7,7 @@ from pathlib import Path
 
 from ..errors import UserError
 from ..stats import EstimatorKind, Per
+from ..truncation import truncation
 
 RULES = ("adamw", "rmsprop", "sgd")
 CHOICES = {
@@ -34,7 +35,8 @@ class MeasureConfig:
         prompt_column, answer_column, chat_template, reward: how prompts are read and completions are judged.
         rollouts_u, rollouts_e: Parquet files to use instead of sampling the update batch U or the evaluation batch E.
         prompts_u, group_size: size of U; prompts_e, group_size_e: size of E.
-        max_new_tokens, temperature: how completions are sampled; the temperature is part of the policy.
+        max_new_tokens: longest completion.
+        temperature, top_k, top_p: how completions are sampled, and with it the policy that is measured; None for no limit.
         seed: of the prompts' order and of every completion.
         etas: learning rates to measure at; empty for eight from 1e-8 to ten times the checkpoint's.
         learning_rate: instead of the one stored in the checkpoint.
@@ -66,6 +68,8 @@ class MeasureConfig:
     group_size_e: int = 1
     max_new_tokens: int = 150
     temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float | None = None
     seed: int = 0
     etas: tuple[float, ...] = ()
     learning_rate: float | None = None
@@ -104,6 +108,7 @@ class MeasureConfig:
             )
         if not self.temperature > 0:
             raise UserError(f"temperature: got {self.temperature}, expected a positive number.")
+        truncation(self.top_k, self.top_p)
         if any(not eta > 0 for eta in self.etas):
             raise UserError(f"etas: got {list(self.etas)}, expected positive learning rates.")
         if self.learning_rate is not None and not self.learning_rate > 0:

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from ..derivatives import token_stats
 from ..errors import UserError
@@ -14,6 +15,7 @@ from ..rl.advantages import degenerate_groups
 from ..rl.rollouts import Rollouts
 from ..rl.sampling import sample_rollouts
 from ..rl.tasks import Prompt, load_prompts, resolve_reward, split_prompts
+from ..truncation import Truncation
 from .along import logprob_mismatch
 from .config import MeasureConfig
 from .direction import replayed
@@ -67,6 +69,7 @@ def get_rollouts(
                 group_size=group_size,
                 max_new_tokens=config.max_new_tokens,
                 temperature=config.temperature,
+                truncation=policy.truncation,
                 seed=seed,
                 batch_size=config.sample_batch,
                 progress=progress,
@@ -102,22 +105,73 @@ def check_samples(
     path: str | None,
     store: Store = NOWHERE,
 ) -> None:
-    """Refuse completions from a file whose recorded log-probs are not this policy's; without log-probs nothing can be said.
+    """Refuse completions that this policy cannot have drawn, or from a file whose recorded log-probs are not this policy's.
+
+    Without recorded log-probs, and without truncation, nothing can be said.
 
     Raises:
-        UserError: the mean difference is more than a sampler's arithmetic explains.
+        UserError: another temperature or truncation than the file names, a token outside what a truncated policy keeps, or a mean
+            difference of log-probs that is more than a sampler's arithmetic explains.
     """
-    if path is None or rollouts.logprobs is None:
+    if path is not None:
+        _check_law(policy, rollouts, argument, path)
+    recorded = path is not None and rollouts.logprobs is not None
+    if not recorded and policy.truncation is None:
         return
     values = store.in_parts(
         f"check_{argument}", lambda parts: token_stats(policy, batch, parts=parts)._asdict()
     )
+    _check_support(policy, values["logprob"][batch.response_mask], argument, path)
     found = logprob_mismatch(rollouts, values["logprob"].numpy(), batch.response_mask.numpy())
-    if not found <= _MISMATCH_ALLOWED:
+    if recorded and not found <= _MISMATCH_ALLOWED:
         raise UserError(
             f"{argument}: the log-probs in {path} differ from the policy's by {found:.3g} nats per token on average (at most "
-            f"{_MISMATCH_ALLOWED} is allowed): they were not sampled from this checkpoint at temperature {policy.temperature:g}. "
-            "Sample again, or pass the checkpoint and --temperature they were sampled with."
+            f"{_MISMATCH_ALLOWED} is allowed): they were not sampled from this checkpoint at temperature {policy.temperature:g}, "
+            f"{_limits(policy)}. Sample again, or pass the checkpoint, --temperature, --top-k and --top-p they were sampled with."
+        )
+
+
+def _limits(policy: Policy) -> str:
+    return "without truncation" if policy.truncation is None else f"with {policy.truncation}"
+
+
+def _check_law(policy: Policy, rollouts: Rollouts, argument: str, path: str) -> None:
+    """What the file says of its sampler must be what is measured; other engines' files may say nothing."""
+    limits = policy.truncation or Truncation()
+    ours = {"temperature": policy.temperature, "top_k": limits.top_k, "top_p": limits.top_p}
+    if "temperature" not in rollouts.sampling:
+        return
+    theirs = {name: rollouts.sampling.get(name) for name in ours}
+    if theirs["top_k"] is not None and theirs["top_k"] <= 0:
+        theirs["top_k"] = None  # as samplers write "no limit"
+    if theirs["top_p"] == 1:
+        theirs["top_p"] = None
+    wrong = [name for name in ours if ours[name] != theirs[name]]
+    if wrong:
+        flags = " ".join(
+            f"--{name.replace('_', '-')} {theirs[name]}" for name in wrong if theirs[name] is not None
+        )
+        leave = ", ".join(f"--{name.replace('_', '-')}" for name in wrong if theirs[name] is None)
+        remedy = " and ".join(
+            filter(None, [f"pass {flags}" if flags else "", f"leave out {leave}" if leave else ""])
+        )
+        raise UserError(
+            f"{argument}: the completions in {path} were not sampled from this checkpoint as it is measured. They have "
+            + ", ".join(f"{name} {'none' if theirs[name] is None else theirs[name]}" for name in wrong)
+            + "; the policy measured has "
+            + ", ".join(f"{name} {'none' if ours[name] is None else ours[name]}" for name in wrong)
+            + f". To measure the policy that drew these samples {remedy}, or sample again."
+        )
+
+
+def _check_support(policy: Policy, logprob: Tensor, argument: str, path: str | None) -> None:
+    outside = int((logprob == -torch.inf).sum())
+    if outside:
+        raise UserError(
+            f"{argument}: {outside} of the {len(logprob)} response tokens{'' if path is None else f' in {path}'} lie outside what "
+            f"{policy.truncation} keeps, so the policy that is measured cannot have drawn them: they come from the full policy, or from "
+            "other limits. Leave --top-k and --top-p out to measure the full policy, pass the limits that the samples were drawn with, "
+            "or sample again."
         )
 
 

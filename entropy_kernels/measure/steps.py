@@ -25,6 +25,7 @@ from ..policy import Policy
 from ..report import Result
 from ..rl.tasks import resolve_reward
 from ..selection import count_parameters
+from ..truncation import truncation
 from .along import Along, bar
 from .config import MeasureConfig
 from .direction import describe_update, get_update, load_state, read_direction
@@ -117,6 +118,8 @@ def load_policy(config: MeasureConfig) -> Policy:
     return Policy.from_pretrained(
         config.source,
         temperature=config.temperature,
+        top_k=config.top_k,
+        top_p=config.top_p,
         parameters=config.parameters,
         dtype=config.precision,
         device=config.device,
@@ -152,9 +155,16 @@ def choose_etas(config: MeasureConfig, info: StepInfo | None) -> tuple[float, tu
 
 def definitions(config: MeasureConfig) -> dict[str, str]:
     """The one definition of entropy of this report, in words."""
+    limits = truncation(config.top_k, config.top_p)
+    truncated = (
+        "no truncation of the vocabulary"
+        if limits is None
+        else f"truncated to {limits} and renormalised. The tokens kept at each position are those that the checkpoint keeps, under every "
+        "derivative and at every η. Full entropies, of the law before truncation, are named so and mixed with nothing else"
+    )
     unit = "per response token" if config.per == "token" else "per response"
     return {
-        "policy": f"softmax(logits / {config.temperature:g}), no truncation of the vocabulary.",
+        "policy": f"softmax(logits / {config.temperature:g}), {truncated}.",
         "entropy": (
             f"Entropy of the next-token law summed over the response, {unit}, in nats. The first end-of-sequence token belongs to "
             f"the response; nothing after it does, and responses are cut at {config.max_new_tokens} tokens."

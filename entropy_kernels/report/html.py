@@ -65,6 +65,7 @@ def render(report: Mapping[str, Any], tables: Mapping[str, pa.Table]) -> str:
             eta_star=typeset(reading.eta_star(report)),
             rate=reading.learning_rate(report),
             floor=reading.noise_floor(report),
+            limits=reading.limits(report),
             lost=[reading.below_floor(report, row) for row in report["changes"]],
             checks=[
                 {name: typeset(text) for name, text in dataclasses.asdict(check).items()}

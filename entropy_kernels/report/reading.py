@@ -136,6 +136,13 @@ def prediction(report: Mapping[str, Any]) -> str:
     return " and ".join(parts) + f" {in_words(change['linear'].unit)}."
 
 
+def limits(report: Mapping[str, Any]) -> str:
+    """What a truncated policy keeps, in words; nothing for the full law."""
+    kept = report.get("truncation", {})
+    found = [(name, kept.get(name.replace("-", "_"))) for name in ("top-k", "top-p")]
+    return ", then ".join(f"{name} {value:g}" for name, value in found if value is not None)
+
+
 def eta_star(report: Mapping[str, Any]) -> str:
     """How far the linear law reaches, in one sentence."""
     star = report.get("derivatives", {}).get("eta_star")

@@ -18,7 +18,7 @@ def summarize(report: Mapping[str, Any]) -> str:
     """Headline, the state before the step, the sweep over η, and what the checks say."""
     sentences = (reading.headline(report), reading.prediction(report), reading.eta_star(report))
     lines = [*filter(None, sentences), ""]
-    lines += table(_state(report), align="<<<") + _part_measured(report)
+    lines += table(_state(report), align="<<<") + _part_measured(report) + _truncation(report)
     lines += [""] + _sweep(report) + _verdicts(report)
     return "\n".join(line.rstrip() for line in lines)
 
@@ -49,6 +49,19 @@ def _part_measured(report: Mapping[str, Any]) -> list[str]:
         return []
     return [
         f"parameters measured: {measured:,} of {whole:,} ({found['selected']}); the others are held constant"
+    ]
+
+
+def _truncation(report: Mapping[str, Any]) -> list[str]:
+    """A line where the policy is truncated."""
+    kept = report.get("truncation")
+    if kept is None:
+        return []
+    chosen = reading.headline_change(report)["eta"]
+    moved = next(row["moved_share"] for row in kept["along"] if row["eta"] == chosen)
+    return [
+        f"policy truncated to {reading.limits(report)}: {estimate(kept['kept_mass'])} of the probability kept, full entropy "
+        f"{estimate(kept['full_entropy'], unit=True)}; at η = {number(chosen)} {moved.value:.2%} of tokens would keep another set"
     ]
 
 

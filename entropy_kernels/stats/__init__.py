@@ -40,6 +40,7 @@ from .sanity import (
     mean_score,
     mean_weight,
     rb_variance_ratio,
+    token_mean,
 )
 from .series import (
     Move,
@@ -149,6 +150,7 @@ __all__ = [
     "token_contributions",
     "token_cotangent_tangents",
     "token_cotangents",
+    "token_mean",
     "truncated",
     "two_batch",
     "unpaired_difference",

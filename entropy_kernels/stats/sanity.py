@@ -5,12 +5,14 @@ E[w_i] = 1,   E[S'_i] = 0,   effective sample size (Σw)²/Σw²,   Var over sam
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from .estimate import Estimate
+from .ratio import entropy
 from .resampling import check_prompt_count, jackknife
 from .samples import (
     FloatArray,
@@ -21,6 +23,7 @@ from .samples import (
     check_prompts,
     log_ratio,
     on_mask,
+    prompt_sums,
     reach,
 )
 
@@ -104,6 +107,23 @@ def mean_score(tangents: TokenTangents, mask: ArrayLike, prompt_index: ArrayLike
     return _mean_over_prompts(
         score, prompt_index, mask, "nats/sequence per unit eta", "mean score over prompts"
     )
+
+
+def token_mean(x: ArrayLike, mask: ArrayLike, prompt_index: ArrayLike, *, unit: str) -> Estimate:
+    """Σx/ΣT: the mean of any figure over response tokens, with its influence-function error over prompts.
+
+    Args:
+        x: the figure, [N, T].
+        mask: bool [N, T], True on response tokens.
+        prompt_index: integers [N], equal for sequences of the same prompt.
+        unit: the figure's.
+
+    Raises:
+        UserError: shapes or dtypes do not fit, or fewer than two prompts.
+    """
+    values = TokenValues(x, np.zeros(np.shape(x)))
+    mean = entropy(prompt_sums(values, values, mask, prompt_index, per="token", estimator="path"))
+    return replace(mean, unit=unit, method="mean over tokens; influence function over prompts")
 
 
 def rb_variance_ratio(values: TokenValues, mask: ArrayLike, prompt_index: ArrayLike) -> RaoBlackwellRatio:
