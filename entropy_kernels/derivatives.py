@@ -131,6 +131,7 @@ def token_tangents(
         UserError: a direction or batch that does not fit.
     """
     check_direction(policy, direction)
+    direction = {name: direction[name] for name in policy.params}  # torch.func compares the order, too
 
     def values(micro: MicroBatch) -> tuple[Tensor, ...]:
         primal, tangent = _func.jvp(lambda p: policy.rows(p, micro), (policy.params,), (direction,))
@@ -155,6 +156,7 @@ def token_curvature(
         TokenCurvature, [N, T], in the policy's dtype; d2 is the second derivative of H(θ + ηv) and S(θ + ηv) in η.
     """
     check_direction(policy, direction)
+    direction = {name: direction[name] for name in policy.params}  # torch.func compares the order, too
 
     def values(micro: MicroBatch) -> tuple[Tensor, ...]:
         def first(params: Parameters) -> tuple[Tensor, ...]:
@@ -258,6 +260,7 @@ def hvp(
         The Hessian-vector product by parameter name.
     """
     first = token_tangents(policy, batch, direction, progress=progress)
+    direction = {name: direction[name] for name in policy.params}
     values = stats.TokenValues(_array(first.entropy), _array(first.logprob))
     tangents = stats.TokenTangents(_array(first.d_entropy), _array(first.d_logprob))
     mask = _array(batch.response_mask)

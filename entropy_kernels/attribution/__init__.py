@@ -13,10 +13,20 @@ from .influence import (
     token_influence,
     total_weights,
 )
-from .proxies import PROXIES, token_proxies
+from .proxies import PROXIES, sequence_covariance, token_proxies
+from .summary import FRACTIONS, Halves, Tokens, cells, concentration, correlations, sum_rule, trial
 from .what_if import RULES, Rule, TokenFacts, factors, parse_rule
 
 __all__ = [
+    "FRACTIONS",
+    "Halves",
+    "Tokens",
+    "cells",
+    "concentration",
+    "correlations",
+    "sum_rule",
+    "trial",
+    "sequence_covariance",
     "PROXIES",
     "RULES",
     "Rule",

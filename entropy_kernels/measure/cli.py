@@ -127,6 +127,22 @@ def add_flags(p: argparse.ArgumentParser, only: Container[str] | None = None) ->
         metavar="η",
     )
 
+    who = p.add_argument_group("who moves the entropy")
+    add(
+        who,
+        "--attribute",
+        "influence of every token of the update, and the trial of published proxies",
+        action="store_true",
+    )
+    add(
+        who,
+        "--what-if",
+        "drop, clip or re-weight tokens: RULE[:NUMBER,...] or FILE.parquet, several at once; an unknown RULE lists all",
+        nargs="+",
+        metavar="RULE",
+    )
+    add(who, "--verify", "measure what --what-if predicts", action="store_true")
+
     how = p.add_argument_group("how to measure")
     add(how, "--per", "entropy per token or per sequence")
     add(how, "--estimator", "importance weights")
@@ -149,8 +165,9 @@ def add_flags(p: argparse.ArgumentParser, only: Container[str] | None = None) ->
 def config_from(arguments: Sequence[str]) -> MeasureConfig:
     """The configuration that a command line asks for; without checkpoint or model, the demo with the other flags applied."""
     given = vars(parser().parse_args(arguments))
-    if "etas" in given:
-        given["etas"] = tuple(given["etas"])
+    for several in ("etas", "what_if"):
+        if several in given:
+            given[several] = tuple(given[several])
     if "ckpt" not in given and "model" not in given:
         return MeasureConfig.demo(**given)
     return MeasureConfig(**given)

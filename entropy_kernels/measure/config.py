@@ -45,6 +45,9 @@ class MeasureConfig:
         per, estimator: which entropy, by which estimator (docs/theory.md, section 5).
         truth: which form of the true change; second_order: whether to compute the quadratic prediction.
         integration_rtol: nodes are added until the quadrature error of the integrated truth is below this share of it.
+        attribute: which tokens of the update move the entropy and the expected reward, and what published proxies see of it.
+        what_if: rules that drop, clip or re-weight tokens of the update (attribution.RULES), or Parquet files of factors; they need and
+            bring the attribution. verify: also measure what they change.
         precision: dtype of weights and arithmetic. device: None for a GPU where there is one.
         micro_batch_tokens: tokens in one micro-batch; less needs less memory. sample_batch: completions sampled at once.
         output: directory for the report. resume: go on with the run that was stopped there.
@@ -82,6 +85,9 @@ class MeasureConfig:
     truth: str = "both"
     second_order: bool = True
     integration_rtol: float = 1e-3
+    attribute: bool = False
+    what_if: tuple[str, ...] = ()
+    verify: bool = False
     precision: str = "float32"
     device: str | None = None
     micro_batch_tokens: int = 2048
@@ -138,6 +144,25 @@ class MeasureConfig:
             raise UserError(
                 "dataset: there is nothing to sample from; pass --dataset, or both --rollouts-u and --rollouts-e."
             )
+
+        if self.attributed and read:
+            raise UserError(
+                f"attribute: got update={self.update!r}, which does not say which tokens made it; pass --update adamw (or rmsprop, sgd) "
+                "with the update batch, for example --rollouts-u."
+            )
+        if self.verify and not self.what_if:
+            raise UserError("verify: there is nothing to verify; pass --what-if with at least one rule.")
+        if self.what_if:
+            from ..attribution import parse_rule
+
+            for rule in self.what_if:
+                if not rule.endswith(".parquet"):
+                    parse_rule(rule)
+
+    @property
+    def attributed(self) -> bool:
+        """Whether the tokens of the update are asked for their influence."""
+        return self.attribute or bool(self.what_if)
 
     @property
     def source(self) -> str:

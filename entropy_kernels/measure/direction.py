@@ -156,7 +156,7 @@ def get_update(
             ),
             running=True,
         )
-    gradient = {name: x.to(policy.device) for name, x in gradient.items()}
+    gradient = {name: gradient[name].to(policy.device) for name in policy.params}
     return update_direction(
         gradient,
         state,

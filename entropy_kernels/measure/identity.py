@@ -28,6 +28,7 @@ def identity(config: MeasureConfig) -> dict[str, Any]:
         "rollouts_e": config.rollouts_e,
         "update": config.update.removeprefix("next:"),
         "reward": config.reward.rpartition(":")[0] or None,
+        **{rule: rule for rule in config.what_if if rule.endswith(".parquet")},
     }
     found = {f"files of {name}": file_identity(path) for name, path in files.items()}
     return {

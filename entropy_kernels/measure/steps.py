@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,12 +27,15 @@ from ..report import Result
 from ..rl.tasks import resolve_reward
 from ..selection import count_parameters
 from ..truncation import truncation
+from ..updates import OptimizerState
 from .along import Along, bar
+from .attribute import attribute
 from .config import MeasureConfig
-from .direction import describe_update, get_update, load_state, read_direction
+from .direction import describe_update, get_update, load_state, read_direction, token_weights
 from .identity import identity
 from .influence import influence_table
 from .samples import batch_of, check_samples, describe, get_rollouts
+from .shares import Batches, influences
 from .store import open_store
 from .writing import environment, token_table, write_update
 
@@ -74,11 +78,28 @@ def measure_step(config: MeasureConfig, *, directory: str | None = None, progres
             else:
                 batch_u = batch_of(U)
                 check_samples(policy, U, batch_u, "rollouts_u", config.rollouts_u, store)
-                update = get_update(config, policy, state, U, batch_u, eta_checkpoint, progress, store)
+                update = get_update(
+                    config,
+                    policy,
+                    state,
+                    U,
+                    batch_u,
+                    eta_checkpoint,
+                    progress,
+                    store,
+                    marginal=config.attributed,
+                )
             direction, about_update = update.direction, describe_update(config, update, eta_checkpoint, info)
-            del state, update  # moments and parts are several times the model
             if directory is not None:
                 write_update(directory, direction)
+        if config.attributed and U is not None:
+            with clock("attribution"):
+                data = Batches(U, batch_u, token_weights(config, U, batch_u), E, batch_e)
+                found = influences(config, policy, update, data, eta_checkpoint, progress, store)
+        if not config.verify:
+            state = OptimizerState(params={}, slots={}, hyper={})
+        del update  # moments and parts are several times the model
+        sections: dict[str, Any] = {}
         with clock("entropy"):
             along = Along(config, policy, direction, batch_e, etas, progress, store)
         tables = {
@@ -95,6 +116,24 @@ def measure_step(config: MeasureConfig, *, directory: str | None = None, progres
                     )._asdict(),
                 )
             tables["rollouts_u"] = U.to_table()
+            if config.attributed:
+                with clock("what if" if config.what_if else "proxies"):
+                    done = attribute(
+                        config,
+                        policy,
+                        found,
+                        data,
+                        tokens_u,
+                        direction,
+                        along,
+                        state,
+                        eta_checkpoint,
+                        progress,
+                        store,
+                    )
+                tokens_u |= done.columns
+                tables["sequences_u"] = done.sequences
+                sections["attribution"] = done.section
             tables["tokens_u"] = token_table(batch_u, policy.tokenizer, tokens_u)
     report = {
         "config": {**config.to_json(), "learning_rate": eta_checkpoint, "etas": list(etas)},
@@ -108,6 +147,7 @@ def measure_step(config: MeasureConfig, *, directory: str | None = None, progres
         "rollouts": {**({} if U is None else {"u": describe(U)}), "e": describe(E)},
         "update": about_update,
         **along.report(E, eta_checkpoint),
+        **sections,
         "timings": clock.seconds,
     }
     return Result(report=report, tables=tables)

@@ -18,6 +18,7 @@ from .ranks import (
     Held,
     cross_fitted_top,
     doubled_reliability,
+    from_halves,
     held_by_top,
     rank_correlations,
 )
@@ -30,7 +31,7 @@ from .ratio import (
     second_derivative,
 )
 from .resampling import Jackknife, jackknife
-from .reward import centred_rewards, reward_cotangents, reward_sums
+from .reward import centred_rewards, integrated_reward, linear_reward, reward_cotangents, reward_sums
 from .samples import EstimatorKind, Per, PromptSums, TokenCurvature, TokenTangents, TokenValues, prompt_sums
 from .sanity import (
     EffectiveSampleSize,
@@ -58,6 +59,7 @@ from .truth import (
     direct_change,
     influence_change,
     integrated_change,
+    integrated_difference,
     integration_error,
     noise_floor,
 )
@@ -107,6 +109,7 @@ __all__ = [
     "ess",
     "eta_star",
     "first_derivative",
+    "from_halves",
     "heavy_tails",
     "held_by_top",
     "influence_change",
@@ -115,7 +118,9 @@ __all__ = [
     "influence_second",
     "integral_weights",
     "integrated_change",
+    "integrated_difference",
     "integrated_move",
+    "integrated_reward",
     "integration_error",
     "jackknife",
     "lag_profile",
@@ -123,6 +128,7 @@ __all__ = [
     "leave_one_out",
     "linear_change",
     "linear_move",
+    "linear_reward",
     "mean_score",
     "mean_weight",
     "measured_move",

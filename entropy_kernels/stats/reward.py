@@ -8,10 +8,15 @@ prompt, or, where there is only one response to a prompt, of all other prompts.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
+
 import numpy as np
 from numpy.typing import ArrayLike
 
 from ..errors import UserError
+from .estimate import Estimate
+from .linear import linear_change
 from .samples import (
     FloatArray,
     PromptSums,
@@ -23,6 +28,7 @@ from .samples import (
     log_ratio,
     on_mask,
 )
+from .truth import integrated_change
 
 
 def centred_rewards(reward: ArrayLike, prompt_index: ArrayLike) -> FloatArray:
@@ -104,3 +110,33 @@ def reward_sums(
             d_numerator=by_prompt(w * score * a, inverse, B),
             d_denominator=np.zeros(B),
         )
+
+
+def linear_reward(sums: PromptSums, eta: float) -> Estimate:
+    """δJ₁ = η J', in the unit of the reward, influence-function error over prompts.
+
+    Args:
+        sums: reward_sums at η = 0.
+        eta: the learning rate.
+
+    Raises:
+        UserError: fewer than two prompts.
+    """
+    return _as_reward(linear_change(sums, eta))
+
+
+def integrated_reward(node_sums: Sequence[PromptSums], weights: ArrayLike) -> Estimate:
+    """ΔJ = ∫ J' along the path, in the unit of the reward.
+
+    Args:
+        node_sums: reward_sums at the nodes.
+        weights: [J], one row of quadrature.integral_weights.
+
+    Raises:
+        UserError: as integrated_change.
+    """
+    return _as_reward(integrated_change(node_sums, weights))
+
+
+def _as_reward(found: Estimate) -> Estimate:
+    return replace(found, unit="reward", method=f"expected reward, {found.method}")

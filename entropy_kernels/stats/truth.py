@@ -219,6 +219,33 @@ def integrated_change(
     return Estimate(value=value, stderr=stderr, n=B, unit=first.unit, method=method)
 
 
+def integrated_difference(
+    changed: tuple[Sequence[PromptSums], ArrayLike], base: tuple[Sequence[PromptSums], ArrayLike]
+) -> Estimate:
+    """ΔH along one path minus ΔH along another, on the same samples: paired influence-function error.
+
+    Args:
+        changed: per-prompt sums at the nodes of one path and their weights, as in integrated_change.
+        base: those of the other; from the same prompts in the same order.
+
+    Raises:
+        UserError: as integrated_change, or different numbers of prompts.
+    """
+    one, other = (integrated_change(*path) for path in (changed, base))
+    pulls = [
+        np.stack([influence_first(node) for node in nodes], axis=-1) @ np.asarray(weights, dtype=np.float64)
+        for nodes, weights in (changed, base)
+    ]
+    check_prompt_count(*pulls)
+    return Estimate(
+        value=one.value - other.value,
+        stderr=influence_error(pulls[0] - pulls[1]),
+        n=one.n,
+        unit=one.unit,
+        method=f"difference of two paths on the same samples: {one.method}",
+    )
+
+
 def integration_error(node_sums: Sequence[PromptSums], error_weights: ArrayLike) -> float:
     """|Σ_j (W − W_sub)_j h'(s_j)|: the rule against the nested one, nats per token or sequence.
 
