@@ -208,6 +208,7 @@ def entropy_gradient(
     *,
     per: stats.Per = "token",
     estimator: stats.EstimatorKind = "per_decision",
+    baseline: Tensor | None = None,
     progress: Progress | None = None,
 ) -> Parameters:
     """∇ĥ: the gradient of the entropy estimator at η = 0, score part included, so that ĥ'(0) = ∇ĥ·v for every v.
@@ -221,6 +222,7 @@ def entropy_gradient(
         batch: samples drawn from the policy at these parameters, [N, T].
         per: "token" for nats per token, "sequence" for nats per sequence.
         estimator: "per_decision", "whole_sequence", or "path" (the path part alone, without scores).
+        baseline: b [N, T], taken from the weight of each token's score, as `stats.baseline` makes it; None for 0.
         progress: called after each micro-batch of each pass with its number of sequences.
 
     Returns:
@@ -235,6 +237,7 @@ def entropy_gradient(
         _array(batch.response_mask),
         per=per,
         estimator=estimator,
+        baseline=None if baseline is None else _array(baseline),
     )
     return token_gradient(
         policy, batch, entropy_weight=_tensor(q), logprob_weight=_tensor(g), progress=progress
@@ -248,6 +251,7 @@ def hvp(
     *,
     per: stats.Per = "token",
     estimator: stats.EstimatorKind = "per_decision",
+    baseline: Tensor | None = None,
     progress: Progress | None = None,
 ) -> Parameters:
     """∇²ĥ·v of the same estimator at η = 0, so that vᵀ∇²ĥ v = ĥ''(0): forward over reverse.
@@ -264,8 +268,9 @@ def hvp(
     values = stats.TokenValues(_array(first.entropy), _array(first.logprob))
     tangents = stats.TokenTangents(_array(first.d_entropy), _array(first.d_logprob))
     mask = _array(batch.response_mask)
-    q, g = stats.token_cotangents(values, mask, per=per, estimator=estimator)
-    dq, dg = stats.token_cotangent_tangents(values, tangents, mask, per=per, estimator=estimator)
+    b = None if baseline is None else _array(baseline)
+    q, g = stats.token_cotangents(values, mask, per=per, estimator=estimator, baseline=b)
+    dq, dg = stats.token_cotangent_tangents(values, tangents, mask, per=per, estimator=estimator, baseline=b)
 
     def part(micro: MicroBatch) -> Parameters:
         weights = tuple(_at(micro, _tensor(w), policy) for w in (q, g))

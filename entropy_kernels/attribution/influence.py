@@ -45,7 +45,12 @@ def total_weights(parts: Mapping[str, TokenWeights]) -> TokenWeights:
 
 
 def entropy_weights(
-    values: TokenStats, batch: TokenBatch, *, per: stats.Per, estimator: stats.EstimatorKind
+    values: TokenStats,
+    batch: TokenBatch,
+    *,
+    per: stats.Per,
+    estimator: stats.EstimatorKind,
+    baseline: np.ndarray | None = None,
 ) -> TokenWeights:
     """Weights with which ∇S and ∇H of E's tokens add up to X = ∇ĥ, as `entropy_gradient` has it.
 
@@ -54,12 +59,14 @@ def entropy_weights(
         batch: E.
         per: "token" or "sequence".
         estimator: "per_decision", "whole_sequence" or "path".
+        baseline: b [N, T] of the estimator, as `stats.baseline` makes it; None for 0.
     """
     q, g = stats.token_cotangents(
         stats.TokenValues(values.entropy.double().numpy(), values.logprob.double().numpy()),
         batch.response_mask.numpy(),
         per=per,
         estimator=estimator,
+        baseline=baseline,
     )
     return TokenWeights(_tensor(g), _tensor(q))
 

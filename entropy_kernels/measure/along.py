@@ -22,6 +22,7 @@ from ..derivatives import Parts, token_curvature, token_stats, token_support, to
 from ..policy import Parameters, Policy, TokenBatch
 from ..rl.rollouts import Rollouts
 from .config import MeasureConfig
+from .statistics import about_e, check_baseline, fit_baseline
 from .store import NOWHERE, Store
 from .truncated import kept_sets
 
@@ -54,11 +55,14 @@ class Along:
         self.batch, self.etas, self.store = batch, etas, store
         self.mask = batch.response_mask.numpy()
         self.prompt = batch.prompt_index.numpy()
+        check_baseline(config, self.prompt)
         passes = COST["curvature" if config.second_order else "tangents"]
         if config.truth != "direct":
             passes += COST["tangents"] * (FIRST_NODES - 1)
         if config.truth != "integrated" or policy.truncation is not None:
             passes += COST["values"] * (len(etas) + 2)
+        if config.baseline == "critic":
+            passes += COST["values"]
         with bar(progress, "entropy along the step", passes * len(self.mask)) as tick:
             self._evaluate(tick)
 
@@ -76,6 +80,9 @@ class Along:
         else:
             found = self._tangents("tangents", self.policy, weighted["tangents"])
         self.base = _moved(0.0, found)
+        self.baseline = fit_baseline(
+            self.config, self.policy, self.batch, self.base.values, self.store, weighted["values"]
+        )
         self.base_sums = self.sums(self.base, curvature=self.curvature)
         self.direct: dict[float, stats.TokenValues] = {}
         self.rounding: dict[float, float] = {}
@@ -154,11 +161,16 @@ class Along:
             estimator=self.config.estimator,
             tangents=moved.tangents,
             curvature=curvature,
+            baseline=self.baseline,
         )
 
     def report(self, E: Rollouts, eta_checkpoint: float) -> dict[str, Any]:
         """The report's sections that are about entropy."""
-        kind: dict[str, Any] = {"per": self.config.per, "estimator": self.config.estimator}
+        kind: dict[str, Any] = {
+            "per": self.config.per,
+            "estimator": self.config.estimator,
+            "baseline": self.baseline,
+        }
         values = self.base.values
         plain = {
             per: stats.entropy(
@@ -220,6 +232,7 @@ class Along:
             ]
             if self.nodes
             else [],
+            **about_e(self.config, values, self.base.tangents, self.mask, self.prompt, self.baseline),
         }
 
     def _change(self, index: int, eta: float) -> dict[str, Any]:
@@ -236,6 +249,7 @@ class Along:
                 self.prompt,
                 per=self.config.per,
                 estimator=self.config.estimator,
+                baseline=self.baseline,
             )
             row["true_direct"] = stats.direct_change(sums)
             row["z_linear"] = stats.compare_direct(sums, self.base_sums, eta).z_linear
@@ -266,6 +280,7 @@ class Along:
             self.mask,
             per=self.config.per,
             estimator=self.config.estimator,
+            baseline=self.baseline,
         )
         return {name: torch.as_tensor(np.asarray(x)) for name, x in columns.items()}
 

@@ -146,6 +146,11 @@ def add_flags(p: argparse.ArgumentParser, only: Container[str] | None = None) ->
     how = p.add_argument_group("how to measure")
     add(how, "--per", "entropy per token or per sequence")
     add(how, "--estimator", "importance weights")
+    add(
+        how,
+        "--baseline",
+        "control variate of E's scores, fitted across prompts, shared by truth and predictions",
+    )
     add(how, "--truth", "form of the true change")
     add(
         how, "--second-order", "the quadratic prediction (default: on)", action=argparse.BooleanOptionalAction

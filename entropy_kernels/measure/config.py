@@ -15,6 +15,7 @@ CHOICES = {
     "loss": ("grpo", "dapo", "dr_grpo_longest", "dr_grpo_constant"),
     "per": ("token", "sequence"),
     "estimator": ("per_decision", "whole_sequence"),
+    "baseline": ("none", "position", "group", "ema", "regression", "critic"),
     "truth": ("direct", "integrated", "both"),
     "precision": ("float32", "float64"),
 }
@@ -43,6 +44,7 @@ class MeasureConfig:
         update, advantage, loss, max_grad_norm: the step as the trainer takes it; 0 for no clipping. `update` may also be
             next:CHECKPOINT, the step that was taken, or a .safetensors file with the direction.
         per, estimator: which entropy, by which estimator (docs/theory.md, section 5).
+        baseline: what is subtracted from the returns of E's tokens, by truth and predictions alike (docs/theory.md, section 5).
         truth: which form of the true change; second_order: whether to compute the quadratic prediction.
         integration_rtol: nodes are added until the quadrature error of the integrated truth is below this share of it.
         attribute: which tokens of the update move the entropy and the expected reward, and what published proxies see of it.
@@ -82,6 +84,7 @@ class MeasureConfig:
     max_grad_norm: float = 1.0
     per: Per = "token"
     estimator: EstimatorKind = "per_decision"
+    baseline: str = "none"
     truth: str = "both"
     second_order: bool = True
     integration_rtol: float = 1e-3
@@ -111,6 +114,11 @@ class MeasureConfig:
         if self.prompts_e < 2:
             raise UserError(
                 f"prompts_e: got {self.prompts_e}, expected at least 2: prompts are the independent units that errors are taken over."
+            )
+        if self.baseline == "group" and self.rollouts_e is None and self.group_size_e < 2:
+            raise UserError(
+                "baseline: 'group' compares the responses to one prompt, and group_size_e is 1. Pass --group-size-e 2 or more, or choose "
+                "another baseline."
             )
         if not self.temperature > 0:
             raise UserError(f"temperature: got {self.temperature}, expected a positive number.")

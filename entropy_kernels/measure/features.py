@@ -41,7 +41,7 @@ def hidden_features(
     read: list[Tensor] = []
 
     def keep(_module: Any, inputs: tuple[Tensor, ...]) -> None:
-        read.append(inputs[0].detach().to("cpu", torch.float32))
+        read.append(inputs[0].detach())
 
     N, T = batch.input_ids.shape
     features: Tensor | None = None
@@ -52,7 +52,7 @@ def hidden_features(
             read.clear()
             with torch.no_grad():
                 policy.rows(policy.params, micro)
-            x = torch.cat(read)
+            x = torch.cat(read).to("cpu", torch.float32)
             if features is None:
                 D = x.shape[1]
                 if width is not None and width < D:

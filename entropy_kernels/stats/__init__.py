@@ -52,7 +52,7 @@ from .series import (
     move_difference,
     quadratic_move,
 )
-from .tails import Tails, heavy_tails, tail_index
+from .tails import TAIL_LEVELS, Tails, heavy_tails, tail_index
 from .truth import (
     ChangeSums,
     change_sums,
@@ -87,6 +87,7 @@ __all__ = [
     "Per",
     "PromptSums",
     "RaoBlackwellRatio",
+    "TAIL_LEVELS",
     "Tails",
     "TokenCurvature",
     "TokenTangents",

@@ -24,7 +24,7 @@ from .ratio import arrays_first, first_of, influence_first
 from .resampling import check_prompt_count, jackknife
 from .samples import FloatArray, PromptSums, by_prompt, check_mask, check_prompts, on_mask
 
-LEVELS = (0.5, 0.8, 0.95)
+TAIL_LEVELS = (0.5, 0.8, 0.95)
 SMALLEST = 8  # prompts
 DRAWS = 1000
 TOP = 0.01
@@ -40,7 +40,7 @@ class TailIndex(NamedTuple):
 
 
 class AgainstPrompts(NamedTuple):
-    """At B' prompts: quantiles of |error| at LEVELS, nats per token or sequence and unit η, and the tail index."""
+    """At B' prompts: quantiles of |error| at TAIL_LEVELS, nats per token or sequence and unit η, and the tail index."""
 
     prompts: int
     quantiles: tuple[float, ...]
@@ -120,7 +120,7 @@ def _quantiles(arrays: FloatArray, count: int, rng: np.random.Generator) -> tupl
     draws: NDArray[np.int64] = rng.multinomial(count, np.full(B, 1 / B), size=DRAWS)
     with np.errstate(divide="ignore", invalid="ignore"):
         error = first_of(*(draws @ arrays).T) - first_of(*arrays.sum(axis=0))
-    return tuple(float(q) for q in np.quantile(np.abs(error), LEVELS))
+    return tuple(float(q) for q in np.quantile(np.abs(error), TAIL_LEVELS))
 
 
 def _kurtosis(x: FloatArray, owner: NDArray[np.intp], B: int) -> Estimate:

@@ -1,0 +1,144 @@
+"""How far the figures can be trusted, from what is known of E anyway: baselines, lags, mixes of estimators, tails.
+
+baseline        fitted at θ once, then shared by every truth and prediction of the run (docs/theory.md, section 5)
+lag profile     always; it is about the per-decision estimator without a baseline
+rao_blackwell, tails, baselines   always: arithmetic on arrays
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from .. import stats
+from ..errors import UserError
+from ..policy import Policy, TokenBatch
+from .config import MeasureConfig
+from .features import hidden_features
+from .store import Store
+
+CHEAP: tuple[stats.BaselineKind, ...] = ("position", "ema", "regression")  # from E's own numbers alone
+
+
+def check_baseline(config: MeasureConfig, prompt: np.ndarray) -> None:
+    """Refuse a baseline that these samples do not allow, before anything is evaluated on them.
+
+    Raises:
+        UserError: "group" where each prompt has a single response.
+    """
+    if config.baseline == "group" and len(np.unique(prompt)) == len(prompt):
+        raise UserError(
+            "baseline: 'group' compares the responses to one prompt, and each prompt of E has a single one. Draw more with "
+            "--group-size-e 2, or choose another baseline."
+        )
+
+
+def fit_baseline(
+    config: MeasureConfig,
+    policy: Policy,
+    batch: TokenBatch,
+    values: stats.TokenValues,
+    store: Store,
+    tick: Callable[[int], Any] | None = None,
+) -> np.ndarray | None:
+    """b [N, T] of the kind that was asked for, fitted at θ across prompts; None for none. "critic" takes one forward pass more."""
+    if config.baseline == "none":
+        return None
+    features = None
+    if config.baseline == "critic":
+        found = store.tensors("hidden", lambda: {"hidden": hidden_features(policy, batch, progress=tick)})
+        features = found["hidden"].numpy()
+    return stats.baseline(
+        config.baseline,  # type: ignore[arg-type]  # the configuration saw to it
+        values,
+        batch.response_mask.numpy().astype(bool),
+        batch.prompt_index.numpy(),
+        per=config.per,
+        estimator=config.estimator,
+        features=features,
+    )
+
+
+def lag_rows(profile: stats.LagProfile) -> list[dict[str, Any]]:
+    """The report's lag_profile: lag 0 is the path part; `up_to` sums all lags to `last` and is biased, by about `bias`."""
+    rows = [{"first": 0, "last": 0, "part": profile.path, "up_to": profile.path}]
+    for lag in profile.lags:
+        rows.append(
+            {
+                "first": lag.first,
+                "last": lag.last,
+                "part": lag.part,
+                "up_to": lag.up_to.value,
+                "bias": lag.up_to.bias,
+            }
+        )
+    return rows
+
+
+def about_e(
+    config: MeasureConfig,
+    values: stats.TokenValues,
+    tangents: stats.TokenTangents,
+    mask: np.ndarray,
+    prompt: np.ndarray,
+    baseline: np.ndarray | None,
+) -> dict[str, Any]:
+    """The report's sections lag_profile and statistics, as far as E alone goes; everything at η = 0."""
+    per = config.per
+    profile = stats.lag_profile(values, tangents, mask, prompt, per=per)
+
+    def sums(b: np.ndarray | None) -> stats.PromptSums:
+        kinds: dict[str, Any] = {
+            "per": per,
+            "estimator": config.estimator,
+            "tangents": tangents,
+            "baseline": b,
+        }
+        return stats.prompt_sums(values, values, mask, prompt, **kinds)
+
+    plain, chosen = sums(None), sums(baseline)
+    baselines: dict[str, Any] = {}
+    companions = len(np.unique(prompt)) < len(prompt)
+    tried: tuple[stats.BaselineKind, ...] = (*CHEAP, "group") if companions else CHEAP
+    for kind in tried:
+        kinds: dict[str, Any] = {"per": per, "estimator": config.estimator}
+        baselines[kind] = _against(sums(stats.baseline(kind, values, mask, prompt, **kinds)), plain)
+    if config.baseline not in ("none", *baselines):
+        baselines[config.baseline] = _against(chosen, plain)
+    shares = stats.token_contributions(
+        values, tangents, mask, per=per, estimator=config.estimator, baseline=baseline
+    )
+    tails = stats.heavy_tails(chosen, shares, mask, prompt, seed=config.seed)
+    found: dict[str, Any] = {
+        "unbiased": profile.full,
+        "discounted": [
+            {"discount": gamma, "value": x.value, "bias": x.bias} for gamma, x in profile.discounted
+        ],
+        "baseline": config.baseline,
+        "baselines": baselines,
+        "tails": {
+            "kurtosis": tails.kurtosis,
+            "top_1_percent_share": tails.top_share,
+            "against_prompts": [
+                {
+                    "prompts": row.prompts,
+                    **{
+                        f"q{100 * level:g}": q
+                        for level, q in zip(stats.TAIL_LEVELS, row.quantiles, strict=True)
+                    },
+                    "tail_index": row.tail_index._asdict(),
+                }
+                for row in tails.against_prompts
+            ],
+        },
+    }
+    if len(plain.numerator) >= 4:  # a mix is fitted on other prompts than it is used on
+        mix = stats.best_mix(values, mask, prompt, per=per)
+        found["rao_blackwell"] = {**mix._asdict(), "coefficients": list(mix.coefficients)}
+    return {"lag_profile": lag_rows(profile), "statistics": found}
+
+
+def _against(sums: stats.PromptSums, plain: stats.PromptSums) -> dict[str, stats.Estimate]:
+    return {"first": stats.first_derivative(sums), "variance_ratio": stats.variance_ratio(sums, plain)}

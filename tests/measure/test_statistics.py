@@ -1,0 +1,109 @@
+"""The statistics stage on the demo: one baseline in every truth, prediction and gradient, and what the report says."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from test_along import DOUBLING, demo
+
+from entropy_kernels import stats
+from entropy_kernels.derivatives import entropy_gradient, hvp
+from entropy_kernels.errors import UserError
+from entropy_kernels.measure.along import Along
+from entropy_kernels.measure.direction import get_update, load_state
+from entropy_kernels.measure.features import hidden_features
+from entropy_kernels.measure.steps import batch_of, get_rollouts, load_policy
+
+ETAS = (*DOUBLING, 1e-5)
+
+
+@pytest.fixture(scope="module")
+def run():
+    config = demo(baseline="critic")
+    policy = load_policy(config)
+    state, info = load_state(config, policy)
+    U, E = get_rollouts(config, policy, None, False)
+    direction = get_update(config, policy, state, U, batch_of(U), info.stored_lr, False).direction
+    return config, policy, direction, E, Along(config, policy, direction, batch_of(E), ETAS, False)
+
+
+def dot(x, y):
+    return sum(float((x[name] * y[name]).sum()) for name in x)
+
+
+def test_truths_and_predictions_share_the_critic(run):
+    along = run[-1]
+    assert np.abs(along.baseline[along.mask]).max() > 0.1
+    plain = stats.first_derivative(along.base_sums._replace()).value
+    without = stats.prompt_sums(
+        along.base.values, along.base.values, along.mask, along.prompt, per="token", estimator="per_decision",
+        tangents=along.base.tangents,
+    )  # fmt: skip
+    assert abs(plain / stats.first_derivative(without).value - 1) > 1e-3
+    rows = [along._change(i, eta) for i, eta in enumerate(ETAS)]
+    direct = np.array([row["true_direct"].value for row in rows])
+    integrated = np.array([row["true_integrated"].value for row in rows])
+    np.testing.assert_allclose(direct[1:], integrated[1:], rtol=1e-6)
+    missed = integrated - [row["linear"].value for row in rows]
+    cubic = integrated - [row["quadratic"].value for row in rows]
+    n = len(DOUBLING)
+    np.testing.assert_allclose(np.diff(np.log2(np.abs(missed[:n]))), 2, atol=0.05)
+    np.testing.assert_allclose(np.diff(np.log2(np.abs(cubic[:n]))), 3, atol=0.1)
+
+
+def test_gradient_and_hvp_share_the_critic(run):
+    _, policy, direction, E, along = run
+    b = torch.as_tensor(along.baseline)
+    v = {name: x / 1e3 for name, x in direction.items()}
+    first = stats.first_derivative(along.base_sums).value
+    assert dot(entropy_gradient(policy, batch_of(E), baseline=b), direction) == pytest.approx(first, rel=1e-9)
+    assert dot(entropy_gradient(policy, batch_of(E)), direction) != pytest.approx(first, rel=1e-3)
+    second = stats.second_derivative(along.base_sums).value
+    assert 1e6 * dot(hvp(policy, batch_of(E), v, baseline=b), v) == pytest.approx(second, rel=1e-8)
+
+
+def test_features_come_from_before_the_token(run):
+    """Another last token leaves every feature as it is; another first token changes those behind it, not its own."""
+    _, policy, _, E, _ = run
+    batch = batch_of(E)
+    x = hidden_features(policy, batch, width=None)
+    assert not x[~batch.response_mask].any() and x[batch.response_mask].any(dim=-1).all()
+    ids = batch.input_ids.clone()
+    columns = torch.arange(ids.shape[1]).expand_as(ids)
+    first = torch.where(batch.response_mask, columns, 10**6).amin(1)
+    last = torch.where(batch.response_mask, columns, -1).amax(1)
+    rows = torch.arange(len(ids))
+    ids[rows, last] = (ids[rows, last] + 1) % 10
+    assert torch.allclose(hidden_features(policy, batch._replace(input_ids=ids), width=None), x)
+    ids[rows, first] = (ids[rows, first] + 1) % 10
+    moved = hidden_features(policy, batch._replace(input_ids=ids), width=None)
+    assert torch.allclose(moved[rows, first], x[rows, first])
+    long = last > first
+    assert long.any() and not torch.allclose(moved[rows, last][long], x[rows, last][long])
+    narrow = hidden_features(policy, batch, width=8)
+    assert narrow.shape[-1] == 8 and torch.equal(narrow, hidden_features(policy, batch, width=8))
+
+
+def test_the_report_has_every_section(run):
+    _, _, _, E, along = run
+    report = along.report(E, 2e-5)
+    rows, found = report["lag_profile"], report["statistics"]
+    assert [row["first"] for row in rows] == list(range(len(rows)))
+    assert rows[0]["part"].value + sum(row["part"].value for row in rows[1:]) == pytest.approx(
+        found["unbiased"].value
+    )
+    assert set(found["baselines"]) == {"position", "ema", "regression", "group", "critic"}
+    assert found["baselines"]["critic"]["first"] == report["derivatives"]["first"]
+    assert found["rao_blackwell"]["rao_blackwell"].value == pytest.approx(
+        report["entropy"]["per_token"].value
+    )
+    sizes = [row["prompts"] for row in found["tails"]["against_prompts"]]
+    assert sizes == [24, 12]
+    shares = along.token_columns()["contribution"].sum()
+    assert float(shares) == pytest.approx(report["derivatives"]["first"].value, rel=1e-10)
+
+
+def test_group_needs_companions():
+    with pytest.raises(UserError, match="group_size_e"):
+        demo(baseline="group", group_size_e=1)
