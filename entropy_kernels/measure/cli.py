@@ -25,7 +25,7 @@ figure means.
 """
 
 # Sub-command → the module of this package whose run(arguments) does it and returns the exit status; loaded on use.
-COMMANDS: dict[str, str] = {"compare": "compare_cli", "series": "series_cli"}
+COMMANDS: dict[str, str] = {"compare": "compare_cli", "plan": "plan", "series": "series_cli"}
 
 
 def parser() -> argparse.ArgumentParser:

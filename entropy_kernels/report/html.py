@@ -12,7 +12,7 @@ import pyarrow as pa
 from markupsafe import Markup
 
 from ..stats import Estimate
-from . import plots, reading
+from . import plots, reading, statistics
 from .comparison import Comparison
 from .numbers import estimate, in_words, number, percent, typeset
 
@@ -72,6 +72,7 @@ def render(report: Mapping[str, Any], tables: Mapping[str, pa.Table]) -> str:
                 for check in reading.checks(report)
             ],
             plots=_plots(report, tables),
+            statistics=statistics.tables(report),
             prompts=None if prompts is None else _concentration(prompts),
             tokens=None if tokens is None else _concentration(tokens),
             top_prompts=[]
@@ -147,7 +148,8 @@ def leaf(item: Any) -> str:
 
 def _plots(report: Mapping[str, Any], tables: Mapping[str, pa.Table]) -> dict[str, Markup]:
     """The pictures as SVG, by name. They hold no text of users, so they go in as they are."""
-    return {name: Markup(plots.svg(draw(), name)) for name, draw in plots.available(report, tables).items()}
+    drawn = plots.available(report, tables) | statistics.available(report)
+    return {name: Markup(plots.svg(draw(), name)) for name, draw in drawn.items()}
 
 
 def _concentration(shares: reading.Shares) -> dict[str, Any]:

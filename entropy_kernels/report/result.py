@@ -67,9 +67,9 @@ class Result:
     @property
     def plots(self) -> Plots:
         """The report's pictures by name, matplotlib figures drawn on access: `result.plots["change"].savefig("change.png")`."""
-        from .plots import available  # matplotlib is slow to import and wanted here only
+        from . import plots, statistics  # matplotlib is slow to import and wanted here only
 
-        return Plots(available(self.report, self.tables))
+        return Plots(plots.available(self.report, self.tables) | statistics.available(self.report))
 
     def save(self, directory: str | Path) -> Path:
         """Writes report.json, one Parquet file per table, and report.html; returns the path of report.html.
