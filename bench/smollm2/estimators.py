@@ -56,7 +56,7 @@ def evaluate(ckpt: Path, dataset: Path, output: Path, prompts: int, group: int) 
         direction = update.direction
         del update, state
         start = time.perf_counter()
-        rollouts = output / "rollouts_e.parquet"
+        rollouts = output / f"rollouts_{group}.parquet"  # the first responses are the same in each
         if not rollouts.is_file():
             sample_rollouts(
                 policy.model,
