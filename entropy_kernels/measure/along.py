@@ -166,11 +166,7 @@ class Along:
 
     def report(self, E: Rollouts, eta_checkpoint: float) -> dict[str, Any]:
         """The report's sections that are about entropy."""
-        kind: dict[str, Any] = {
-            "per": self.config.per,
-            "estimator": self.config.estimator,
-            "baseline": self.baseline,
-        }
+        kind: dict[str, Any] = {"per": self.config.per, "estimator": self.config.estimator}
         values = self.base.values
         plain = {
             per: stats.entropy(
@@ -195,6 +191,7 @@ class Along:
                 self.mask,
                 self.prompt,
                 **kind,
+                baseline=self.baseline,
             )
             sanity["noise_floor"] = {
                 "difference": floor,
