@@ -20,7 +20,7 @@ from .kernel import (
     shared_prefixes,
     spectrum,
 )
-from .lag import LagProfile, Lags, Truncated, lag_profile, lag_sums, truncated
+from .lag import DISCOUNTS, LagProfile, Lags, Truncated, lag_profile, lag_sums, truncated
 from .linear import EtaStar, eta_star, linear_change, quadratic_change
 from .mix import Mix, best_mix
 from .panels import panel_weights, refine
@@ -85,6 +85,7 @@ __all__ = [
     "ChangeSums",
     "Comparison",
     "Cotangents",
+    "DISCOUNTS",
     "Distribution",
     "EffectiveSampleSize",
     "Estimate",
