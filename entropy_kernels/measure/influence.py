@@ -35,7 +35,12 @@ def influence_table(along: Along, E: Rollouts) -> pa.Table:
             pulls.append(("changes.quadratic", eta, eta * first + eta**2 / 2 * second))
         if eta in along.direct:
             change = stats.change_sums(
-                along.direct[0.0], along.direct[eta], along.mask, along.prompt, **kinds
+                along.direct[0.0],
+                along.direct[eta],
+                along.mask,
+                along.prompt,
+                **kinds,
+                baseline=along.baseline,
             )
             pulls.append(("changes.true_direct", eta, stats.influence_change(change)))
         if along.nodes:

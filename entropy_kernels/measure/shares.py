@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 from torch import Tensor
 
-from .. import attribution
+from .. import attribution, stats
 from ..attribution import Halves, TokenWeights
 from ..derivatives import Parts, TokenStats, token_stats
 from ..policy import Parameters, Policy, TokenBatch
@@ -22,6 +22,7 @@ from ..rl.rollouts import Rollouts
 from ..updates import UpdateDirection
 from .along import bar
 from .config import MeasureConfig
+from .statistics import fit_baseline
 from .store import Store
 
 
@@ -79,7 +80,12 @@ def influences(
             "values_e", lambda parts: token_stats(policy, data.batch_e, parts=parts)._asdict()
         )
         values = TokenStats(found["entropy"], found["logprob"])
-        return attribution.entropy_weights(values, data.batch_e, per=config.per, estimator=config.estimator)
+        b = fit_baseline(
+            config, policy, data.batch_e, stats.TokenValues(*(x.double().numpy() for x in values)), store
+        )
+        return attribution.entropy_weights(
+            values, data.batch_e, per=config.per, estimator=config.estimator, baseline=b
+        )
 
     wanted: dict[str, Callable[[], TokenWeights]] = {"entropy": entropy}
     reward = data.E.reward

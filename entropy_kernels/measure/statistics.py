@@ -46,19 +46,23 @@ def fit_baseline(
     """b [N, T] of the kind that was asked for, fitted at θ across prompts; None for none. "critic" takes one forward pass more."""
     if config.baseline == "none":
         return None
-    features = None
-    if config.baseline == "critic":
-        found = store.tensors("hidden", lambda: {"hidden": hidden_features(policy, batch, progress=tick)})
-        features = found["hidden"].numpy()
-    return stats.baseline(
-        config.baseline,  # type: ignore[arg-type]  # the configuration saw to it
-        values,
-        batch.response_mask.numpy().astype(bool),
-        batch.prompt_index.numpy(),
-        per=config.per,
-        estimator=config.estimator,
-        features=features,
-    )
+
+    def fitted() -> dict[str, np.ndarray]:
+        features = None
+        if config.baseline == "critic":
+            features = hidden_features(policy, batch, progress=tick).numpy()
+        b = stats.baseline(
+            config.baseline,  # type: ignore[arg-type]  # the configuration saw to it
+            values,
+            batch.response_mask.numpy().astype(bool),
+            batch.prompt_index.numpy(),
+            per=config.per,
+            estimator=config.estimator,
+            features=features,
+        )
+        return {"baseline": b}
+
+    return store.tensors("baseline", fitted)["baseline"].numpy()
 
 
 def lag_rows(profile: stats.LagProfile) -> list[dict[str, Any]]:

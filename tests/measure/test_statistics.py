@@ -11,9 +11,12 @@ from entropy_kernels import stats
 from entropy_kernels.derivatives import entropy_gradient, hvp
 from entropy_kernels.errors import UserError
 from entropy_kernels.measure.along import Along
-from entropy_kernels.measure.direction import get_update, load_state
+from entropy_kernels.measure.direction import get_update, load_state, token_weights
 from entropy_kernels.measure.features import hidden_features
-from entropy_kernels.measure.steps import batch_of, get_rollouts, load_policy
+from entropy_kernels.measure.samples import batch_of, get_rollouts
+from entropy_kernels.measure.shares import Batches, influences
+from entropy_kernels.measure.steps import load_policy
+from entropy_kernels.measure.store import NOWHERE
 
 ETAS = (*DOUBLING, 1e-5)
 
@@ -24,8 +27,11 @@ def run():
     policy = load_policy(config)
     state, info = load_state(config, policy)
     U, E = get_rollouts(config, policy, None, False)
-    direction = get_update(config, policy, state, U, batch_of(U), info.stored_lr, False).direction
-    return config, policy, direction, E, Along(config, policy, direction, batch_of(E), ETAS, False)
+    update = get_update(config, policy, state, U, batch_of(U), info.stored_lr, False, marginal=True)
+    data = Batches(U, batch_of(U), token_weights(config, U, batch_of(U)), E, batch_of(E))
+    found = influences(config, policy, update, data, 1e-5, False, NOWHERE)
+    direction = update.direction
+    return config, policy, direction, E, found, Along(config, policy, direction, batch_of(E), ETAS, False)
 
 
 def dot(x, y):
@@ -53,7 +59,7 @@ def test_truths_and_predictions_share_the_critic(run):
 
 
 def test_gradient_and_hvp_share_the_critic(run):
-    _, policy, direction, E, along = run
+    _, policy, direction, E, _, along = run
     b = torch.as_tensor(along.baseline)
     v = {name: x / 1e3 for name, x in direction.items()}
     first = stats.first_derivative(along.base_sums).value
@@ -63,9 +69,15 @@ def test_gradient_and_hvp_share_the_critic(run):
     assert 1e6 * dot(hvp(policy, batch_of(E), v, baseline=b), v) == pytest.approx(second, rel=1e-8)
 
 
+def test_shares_add_up_with_the_critic(run):
+    found, along = run[-2]["entropy"], run[-1]
+    total = found.total("shares").total.sum() + sum(sum(x) for x in found.parts.values())
+    assert total == pytest.approx(stats.linear_change(along.base_sums, 1e-5).value, rel=1e-9)
+
+
 def test_features_come_from_before_the_token(run):
     """Another last token leaves every feature as it is; another first token changes those behind it, not its own."""
-    _, policy, _, E, _ = run
+    _, policy, _, E, _, _ = run
     batch = batch_of(E)
     x = hidden_features(policy, batch, width=None)
     assert not x[~batch.response_mask].any() and x[batch.response_mask].any(dim=-1).all()
@@ -86,7 +98,7 @@ def test_features_come_from_before_the_token(run):
 
 
 def test_the_report_has_every_section(run):
-    _, _, _, E, along = run
+    _, _, _, E, _, along = run
     report = along.report(E, 2e-5)
     rows, found = report["lag_profile"], report["statistics"]
     assert [row["first"] for row in rows] == list(range(len(rows)))
