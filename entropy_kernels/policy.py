@@ -168,7 +168,7 @@ class Policy:
                 f"dtype: got {dtype!r}, expected 'float32' or 'float64'. Casting the weights to 16 bits makes another model, whose "
                 "entropy derivative differs by several per cent."
             )
-        chosen = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        chosen = _check_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         source, base = (path_or_id, base) if adapter is None else (adapter, path_or_id)
         if adapter is not None and adapter_directory(adapter) is None:
             raise UserError(
@@ -434,6 +434,19 @@ def _pack(batch: TokenBatch, chosen: Tensor, width: int, device: torch.device) -
         targets=ids[sequence, position].to(device),
         destination=(chosen[sequence], column),
     )
+
+
+def _check_device(device: str) -> str:
+    """Refuse a device that this machine does not have."""
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # torch built without CUDA asserts
+        gpus = f" or cuda:0 to cuda:{torch.cuda.device_count() - 1}" if torch.cuda.is_available() else ""
+        raise UserError(
+            f"device: got {device!r}, which this machine or this build of torch does not have; expected cpu{gpus}. Leave it out for the "
+            "best there is."
+        ) from error
+    return device
 
 
 def _check_dtypes(model: nn.Module) -> None:

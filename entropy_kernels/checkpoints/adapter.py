@@ -11,7 +11,6 @@ Needs the extra ``lora``.
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,7 +22,7 @@ from torch import Tensor, nn
 
 from entropy_kernels.errors import UserError
 
-from .files import listed
+from .files import listed, read_json
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -210,12 +209,7 @@ def _by_live_name(model: nn.Module, tensors: Mapping[str, Tensor], directory: Pa
 
 
 def _settings(directory: Path) -> dict[str, Any]:
-    path = directory / CONFIG_FILE
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"model: {str(path)!r} cannot be read as JSON: {error}") from error
-    return found if isinstance(found, dict) else {}
+    return read_json(directory / CONFIG_FILE, dict)
 
 
 def _check_settings(settings: Mapping[str, Any], what: str) -> None:

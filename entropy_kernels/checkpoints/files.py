@@ -46,7 +46,7 @@ def locate(path_or_id: str | Path) -> tuple[str, dict[str, Any]]:
 def _check_weight_files(path: Path, text: str) -> None:
     index = path / "model.safetensors.index.json"
     if index.is_file():
-        shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        shards = sorted(set(read_json(index, dict).get("weight_map", {}).values()))
         missing = [shard for shard in shards if not (path / shard).is_file()]
         if missing:
             raise UserError(
@@ -67,6 +67,23 @@ def _check_weight_files(path: Path, text: str) -> None:
             )
             + ". Save it again with save_pretrained, which writes safetensors."
         )
+
+
+def read_json(path: Path, kind: type) -> Any:
+    """What a JSON file holds, of the given type.
+
+    Raises:
+        UserError: it is not JSON, or of another type.
+    """
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{str(path)!r} cannot be read as JSON: {error}. Copy the file again.") from error
+    if not isinstance(found, kind):
+        raise UserError(
+            f"{str(path)!r} holds {type(found).__name__}, expected {kind.__name__}. Copy the file again."
+        )
+    return found
 
 
 def listed(names: Iterable[str], most: int = 5) -> str:

@@ -115,7 +115,7 @@ def _load_full(path_or_id: str | Path, dtype: torch.dtype) -> Any:
             where, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **options
         )
     except (OSError, ValueError, KeyError, SafetensorError, ImportError, RuntimeError) as error:
-        raise UserError(f"model {str(path_or_id)!r} cannot be loaded: {error}") from error
+        raise UserError(_not_loaded(path_or_id, error)) from error
     for problem, meaning in (
         ("missing_keys", "the model needs weights the files do not have (it would start from random ones)"),
         ("mismatched_keys", "weights have another shape than config.json says"),
@@ -134,6 +134,19 @@ def _load_full(path_or_id: str | Path, dtype: torch.dtype) -> Any:
     return model
 
 
+def _not_loaded(path_or_id: str | Path, error: Exception) -> str:
+    reason = " ".join(str(error).split())[:400].rstrip(". ")
+    if Path(path_or_id).exists():
+        return (
+            f"model {str(path_or_id)!r} cannot be loaded: {reason}. Expected config.json and safetensors as save_pretrained writes them; "
+            "copy the directory again, or save the model again."
+        )
+    return (
+        f"model {str(path_or_id)!r} is no directory on this machine, and as a hub id it cannot be loaded: {reason}. Check the name, or "
+        "download the model and pass its directory."
+    )
+
+
 def _load_tokenizer(path_or_id: str | Path, base: str | Path | None, rows: int) -> PreTrainedTokenizerBase:
     """The directory's own tokenizer, else the base model's; `rows` is the size of the model's vocabulary."""
     from transformers import AutoTokenizer
@@ -148,19 +161,24 @@ def _load_tokenizer(path_or_id: str | Path, base: str | Path | None, rows: int) 
     if not own and base is None:
         raise UserError(
             f"model {str(path_or_id)!r} comes without a tokenizer ({', '.join(_TOKENIZER_FILES[:2])}); pass "
-            "base=, the model or directory that has it."
+            "the model or directory that has it: --model on the command line, base= in Python."
         )
     try:
         tokenizer = AutoTokenizer.from_pretrained(where, **options) if own else _base_tokenizer(base)
         if own and base is not None and (adapter is None or _has_tokenizer(str(base), {})):
             _check_same_tokens(tokenizer, _base_tokenizer(base), adapter is not None, path_or_id, base)
-    except (OSError, KeyError, ImportError) as error:
-        raise UserError(f"the tokenizer of {str(path_or_id)!r} cannot be loaded: {error}") from error
+    except (OSError, KeyError, ImportError, ValueError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(
+            f"the tokenizer of {str(path_or_id)!r} cannot be loaded: {error}. Copy the directory again, or pass one that has it as the "
+            "base model (--model)."
+        ) from error
     largest = max(tokenizer.get_vocab().values(), default=-1)
     if largest >= rows:
         raise UserError(
             f"the tokenizer has token ids up to {largest} but the model's vocabulary is {rows}: they do not "
-            "belong together."
+            "belong together. Pass the checkpoint with the tokenizer it was trained with."
         )
     return tokenizer
 

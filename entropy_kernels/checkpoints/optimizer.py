@@ -5,7 +5,6 @@ Opened with ``weights_only=True``, so that nothing in it can run. Source: docs/t
 
 from __future__ import annotations
 
-import json
 import pickle
 import re
 from collections.abc import Sequence
@@ -18,7 +17,7 @@ from torch import nn
 from entropy_kernels.errors import UserError
 from entropy_kernels.updates import OptimizerState
 
-from .files import listed
+from .files import listed, read_json
 
 OPTIMIZER_FILE = "optimizer.pt"
 NAMES_FILE = "optimizer_param_names.json"
@@ -117,13 +116,9 @@ def _names_by_group(
         raise UserError(f"{OPTIMIZER_FILE} numbers some parameter twice; the file is damaged.")
     path = ckpt_dir / NAMES_FILE
     if path.is_file():
-        names = json.loads(path.read_text(encoding="utf-8"))
-        if (
-            not isinstance(names, list)
-            or sorted(names) != sorted(params)
-            or sorted(numbers) != list(range(len(names)))
-        ):
-            given = set(names) if isinstance(names, list) else set()
+        names = read_json(path, list)
+        if sorted(map(str, names)) != sorted(params) or sorted(numbers) != list(range(len(names))):
+            given = set(map(str, names))
             raise UserError(
                 f"{NAMES_FILE} must list every trained parameter once, {len(params)} in all, in the order of "
                 f"{OPTIMIZER_FILE} ({sum(sizes)} entries). Not listed: [{listed(params.keys() - given)}]; "
@@ -162,6 +157,11 @@ def _moment(slot: str, x: Any, name: str, theta: torch.Tensor) -> torch.Tensor:
             f"{x.dtype}, the parameter has shape {tuple(theta.shape)}. The state belongs to another model, "
             "to other trained parameters, or to an optimizer that stores its moments compressed; none of "
             "these can be used."
+        )
+    if not bool(torch.isfinite(x).all()):
+        raise UserError(
+            f"{OPTIMIZER_FILE}: {slot!r} of parameter {name!r} holds NaN or infinite entries: training diverged before this checkpoint. "
+            "Pass an earlier one."
         )
     dtype = torch.float64 if theta.dtype == torch.float64 else torch.float32
     return x.to(device=theta.device, dtype=dtype, copy=True)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from entropy_kernels.errors import UserError
 
+from .files import read_json
 from .optimizer import OPTIMIZER_FILE, read_optimizer
 
 TRAINER_FILE = "trainer_state.json"
@@ -63,10 +63,7 @@ def learning_rate(ckpt_dir: str | Path) -> StepInfo:
     path = Path(ckpt_dir) / TRAINER_FILE
     trainer: dict[str, Any] = {}
     if path.is_file():
-        try:
-            trainer = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise UserError(f"{str(path)!r} is not valid JSON: {error}") from error
+        trainer = read_json(path, dict)
     logged: dict[str, Any] = next(
         (entry for entry in reversed(trainer.get("log_history", [])) if "learning_rate" in entry), {}
     )

@@ -8,12 +8,12 @@ import textwrap
 from collections.abc import Callable, Container, Sequence
 from dataclasses import fields
 from importlib import import_module
+from typing import NoReturn
 
 from ..errors import CertificationError, UserError
 from .config import CHOICES, MeasureConfig, output_directory
 from .output import finished_report, working_in
 from .stopping import Stopped, stoppable
-from .store import close_store
 
 _EPILOG = """
 Without any argument the embedded demo is measured. A typical run:
@@ -28,9 +28,16 @@ figure means.
 COMMANDS: dict[str, str] = {"compare": "compare_cli", "plan": "plan", "series": "series_cli"}
 
 
+class _Parser(argparse.ArgumentParser):
+    """A parser whose complaints are paragraphs like all others."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}. {self.prog} --help lists what there is.")
+
+
 def parser() -> argparse.ArgumentParser:
     """Every flag, grouped by what it is about; defaults are those of MeasureConfig."""
-    p = argparse.ArgumentParser(
+    p = _Parser(
         prog="python -m entropy_kernels.measure",
         description="Measure how one RL step changes a language model's entropy, and what was predicted.",
         epilog=_EPILOG + "".join(f"Sub-command with its own --help: {name}\n" for name in COMMANDS),
@@ -212,8 +219,6 @@ def measure(arguments: Sequence[str]) -> int:
 
             logging.disable_progress_bar()  # one bar at a time: ours
             result = measure_step(with_output(config, str(directory)), directory=str(directory))
-            result.save(directory)
-            close_store(directory)
     print(result.summary())
     print(f"\nreport: {directory / 'report.html'}")
     return 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -120,13 +121,24 @@ class MeasureConfig:
                 "baseline: 'group' compares the responses to one prompt, and group_size_e is 1. Pass --group-size-e 2 or more, or choose "
                 "another baseline."
             )
-        if not self.temperature > 0:
-            raise UserError(f"temperature: got {self.temperature}, expected a positive number.")
+        if not 0 < self.temperature < math.inf:
+            raise UserError(
+                f"temperature: got {self.temperature}, expected a positive number, the one that the completions are sampled with."
+            )
         truncation(self.top_k, self.top_p)
-        if any(not eta > 0 for eta in self.etas):
-            raise UserError(f"etas: got {list(self.etas)}, expected positive learning rates.")
-        if self.learning_rate is not None and not self.learning_rate > 0:
-            raise UserError(f"learning_rate: got {self.learning_rate}, expected a positive number.")
+        if any(not 0 < eta < math.inf for eta in self.etas):
+            raise UserError(
+                f"etas: got {list(self.etas)}, expected positive learning rates; pass for example 1e-6 1e-5."
+            )
+        if self.learning_rate is not None and not 0 < self.learning_rate < math.inf:
+            raise UserError(
+                f"learning_rate: got {self.learning_rate}, expected a positive number, the one that the step was taken with."
+            )
+        if not 0 < self.integration_rtol < math.inf:
+            raise UserError(
+                f"integration_rtol: got {self.integration_rtol}, expected a positive number such as 1e-3, the share of the change that "
+                "its quadrature may be wrong by."
+            )
         if self.max_grad_norm < 0:
             raise UserError(f"max_grad_norm: got {self.max_grad_norm}, expected 0 (no clipping) or more.")
         if self.model is None and self.ckpt is None:

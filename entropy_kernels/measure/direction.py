@@ -92,6 +92,10 @@ def read_direction(config: MeasureConfig, policy: Policy, eta: float) -> UpdateD
         x = found[key].to(p.device, torch.float64)
         direction[key] = ((x - p.double()) / eta if taken and x.shape == p.shape else x).to(p.dtype)
     check_direction(policy, direction)
+    if not all(bool(torch.isfinite(v).all()) for v in direction.values()):
+        raise UserError(
+            f"update: {name} holds NaN or infinite entries, which are no direction. Pass one that is finite throughout."
+        )
     if not any(bool(v.any()) for v in direction.values()):
         raise UserError(
             f"update: {name} is no step at all: the parameters are the same. Pass the checkpoint after this one."
@@ -117,7 +121,7 @@ def _read_file(name: str) -> Parameters:
     try:
         return load_file(name)
     except (SafetensorError, OSError) as error:
-        raise UserError(f"update: {name} cannot be read as safetensors: {error}.") from error
+        raise UserError(f"update: {name} cannot be read as safetensors: {error}. Copy it again.") from error
 
 
 def get_update(

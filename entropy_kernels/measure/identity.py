@@ -35,7 +35,7 @@ def identity(config: MeasureConfig) -> dict[str, Any]:
         **settings,
         **{name: value for name, value in found.items() if value is not None},
         **code(),
-        "kind of device": torch.device(
-            config.device or ("cuda" if torch.cuda.is_available() else "cpu")
-        ).type,
+        "kind of device": (config.device or ("cuda" if torch.cuda.is_available() else "cpu")).partition(":")[
+            0
+        ],
     }

@@ -32,8 +32,8 @@ def get_rollouts(
     U is None where the direction is read and needs no batch.
     """
     wanted = replayed(config)
-    u = None if config.rollouts_u is None else Rollouts.load(config.rollouts_u)
-    e = None if config.rollouts_e is None else Rollouts.load(config.rollouts_e)
+    u = None if config.rollouts_u is None else read_rollouts("rollouts_u", config.rollouts_u, policy)
+    e = None if config.rollouts_e is None else read_rollouts("rollouts_e", config.rollouts_e, policy)
     need_u = wanted and u is None
     if need_u or e is None:
         assert config.dataset is not None  # the configuration saw to it
@@ -84,12 +84,49 @@ def get_rollouts(
         if e is None:
             e = sample("rollouts_e", chosen_e, config.group_size_e, config.seed + 1)
     if u is not None and u.advantage is None:
-        u = u.with_advantages(config.advantage)
+        try:
+            u = u.with_advantages(config.advantage)
+        except UserError as error:
+            raise UserError(f"rollouts_u: {config.rollouts_u or 'the samples'}: {error}") from error
+    _check_apart(config, u, e)
     if directory is not None:
         if u is not None:
             u.save(f"{directory}/rollouts_u.parquet")
         e.save(f"{directory}/rollouts_e.parquet")
     return u, e
+
+
+def read_rollouts(argument: str, path: str, policy: Policy) -> Rollouts:
+    """Completions from a file, in tokens that the model has.
+
+    Raises:
+        UserError: unreadable, or token ids beyond the model's vocabulary.
+    """
+    found = Rollouts.load(path)
+    size = len(policy.model.get_input_embeddings().weight)
+    largest = max(max(ids) for ids in (*found.prompt_ids, *found.completion_ids))
+    if largest >= size:
+        raise UserError(
+            f"{argument}: {path} holds the token id {largest}, but the model's vocabulary is 0 to {size - 1}: it was written with another "
+            "tokenizer. Sample with the tokenizer of this checkpoint."
+        )
+    return found
+
+
+def _check_apart(config: MeasureConfig, u: Rollouts | None, e: Rollouts) -> None:
+    """Prompts are the independent units: there must be two or more held out, and none of them in the update batch."""
+    held_out = set(e.prompt_ids)
+    if len(held_out) < 2:
+        raise UserError(
+            f"rollouts_e: {config.rollouts_e} holds completions of {len(held_out)} prompt, expected at least 2: prompts are the "
+            "independent units that errors are taken over. Sample more prompts."
+        )
+    shared = held_out & set(() if u is None else u.prompt_ids)
+    if shared:
+        raise UserError(
+            f"rollouts_e: {len(shared)} of the {len(held_out)} prompts in {config.rollouts_e} are in the update batch "
+            f"({config.rollouts_u or 'sampled'}) too. A step has to be judged on prompts that did not make it: take other prompts."
+        )
 
 
 def batch_of(rollouts: Rollouts) -> TokenBatch:

@@ -36,7 +36,7 @@ from .identity import identity
 from .influence import influence_table
 from .samples import batch_of, check_samples, describe, get_rollouts
 from .shares import Batches, influences
-from .store import open_store
+from .store import close_store, open_store
 from .writing import environment, token_table, write_update
 
 
@@ -45,12 +45,12 @@ def measure_step(config: MeasureConfig, *, directory: str | None = None, progres
 
     Args:
         config: what to measure.
-        directory: where to write rollouts and the update as soon as they exist, and what a run that is stopped can go on from
-            (config.resume); None writes nothing.
+        directory: where the report is saved, rollouts and the update as soon as they exist, and until it is complete what a run that is
+            stopped can go on from (config.resume); None writes nothing.
         progress: whether to say on stderr how far it is: bars on a terminal, and a line per finished stage.
 
     Returns:
-        The result; `result.save(directory)` writes the report.
+        The result.
 
     Raises:
         UserError: input that cannot be measured, saying what to do.
@@ -150,7 +150,11 @@ def measure_step(config: MeasureConfig, *, directory: str | None = None, progres
         **sections,
         "timings": clock.seconds,
     }
-    return Result(report=report, tables=tables)
+    result = Result(report=report, tables=tables)
+    if directory is not None:
+        result.save(directory)
+        close_store(directory)
+    return result
 
 
 def load_policy(config: MeasureConfig) -> Policy:

@@ -210,11 +210,15 @@ class Rollouts:
         import pyarrow.parquet as pq
 
         if not Path(path).is_file():
-            raise UserError(f"rollouts file {str(path)!r} does not exist.")
+            raise UserError(
+                f"rollouts file {str(path)!r} does not exist; pass a Parquet file of completions."
+            )
         try:
             table = pq.read_table(path)
         except (pa.ArrowInvalid, OSError) as error:
-            raise UserError(f"rollouts file {str(path)!r} cannot be read as Parquet: {error}") from error
+            raise UserError(
+                f"rollouts file {str(path)!r} cannot be read as Parquet: {error}. Write it again, as Rollouts.save does."
+            ) from error
         try:
             return cls.from_table(table)
         except UserError as error:
@@ -262,7 +266,9 @@ def _read_column(table: pa.Table, name: str) -> list[Any] | None:
     try:
         values = column.cast(kind, safe=not narrows_floats).to_pylist()
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
-        raise UserError(f"column {name!r} has type {column.type}, expected {kind}: {error}") from error
+        raise UserError(
+            f"column {name!r} has type {column.type}, expected {kind}: {error}. Write it in that type."
+        ) from error
     for row, value in enumerate(values):
         if value is None or (isinstance(value, list) and None in value):
             raise UserError(

@@ -201,15 +201,34 @@ def resolve_reward(name: str) -> Reward:
             "path/to/file.py:function, a function of (completion, answer)."
         )
     if not Path(path).is_file():
-        raise UserError(f"reward={name!r}: there is no file {path!r}.")
+        raise UserError(
+            f"reward={name!r}: there is no file {path!r}; pass path/to/file.py:function with a path from here."
+        )
     spec = importlib.util.spec_from_file_location("entropy_kernels_user_reward", path)
     assert spec is not None and spec.loader is not None  # a .py file always has a loader
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:  # whatever the file does
+        raise UserError(
+            f"reward={name!r}: {path} cannot be loaded: {type(error).__name__}: {error}. Mend the file; python {path} must run."
+        ) from error
     reward = getattr(module, function, None)
     if not callable(reward):
-        raise UserError(f"reward={name!r}: {path} defines no function {function!r}.")
-    return reward
+        raise UserError(
+            f"reward={name!r}: {path} defines no function {function!r}. Name one of (completion, answer) that it has."
+        )
+
+    def checked(completion: str, answer: str) -> float:
+        try:
+            return float(reward(completion, answer))
+        except Exception as error:
+            raise UserError(
+                f"reward={name!r} failed on completion {completion[:80]!r} with answer {answer[:80]!r}: {type(error).__name__}: {error}. "
+                "It has to return a number for every completion, the empty one included."
+            ) from error
+
+    return checked
 
 
 def _final_number(text: str) -> tuple[Decimal | None, int]:
@@ -235,7 +254,9 @@ def _read_rows(source: str | Path, *, split: str, config: str | None) -> list[Ma
     if path.suffix not in FILE_TYPES:
         return _load_dataset(source, split=split, config=config)
     if not path.is_file():
-        raise UserError(f"source={str(source)!r}: there is no such file.")
+        raise UserError(
+            f"source={str(source)!r}: there is no such file; pass a {', '.join(FILE_TYPES)} file or a data set's hub id."
+        )
     try:
         if path.suffix == ".parquet":
             import pyarrow.parquet as pq
@@ -249,7 +270,10 @@ def _read_rows(source: str | Path, *, split: str, config: str | None) -> list[Ma
             if isinstance(rows, dict) and rows and all(isinstance(column, list) for column in rows.values()):
                 rows = [dict(zip(rows, values, strict=True)) for values in zip(*rows.values(), strict=True)]
     except (ValueError, OSError) as error:  # json and pyarrow errors are ValueErrors
-        raise UserError(f"source={str(source)!r} cannot be read as {path.suffix[1:]}: {error}") from error
+        raise UserError(
+            f"source={str(source)!r} cannot be read as {path.suffix[1:]}: {error}. Write it again: one JSON object per "
+            "line (.jsonl), a list of objects (.json), or a table (.parquet)."
+        ) from error
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise UserError(
             f"source={str(source)!r}: expected a list of objects, one per prompt, or an object of columns."
@@ -267,7 +291,8 @@ def _load_dataset(source: str | Path, *, split: str, config: str | None) -> list
     ) as error:  # datasets raises many kinds; all of them mean the source is not usable as given
         raise UserError(
             f"source={str(source)!r} (config={config!r}, split={split!r}) is neither a "
-            f"{', '.join(FILE_TYPES)} file nor a data set that could be loaded: {error}"
+            f"{', '.join(FILE_TYPES)} file nor a data set that could be loaded: {' '.join(str(error).split())[:400]}. Check the name, or "
+            "download the data set and pass the file."
         ) from error
 
 
