@@ -12,7 +12,7 @@ import pyarrow as pa
 from markupsafe import Markup
 
 from ..stats import Estimate
-from . import plots, reading, statistics
+from . import attribution, plots, reading, statistics
 from .comparison import Comparison
 from .numbers import estimate, in_words, number, percent, typeset
 
@@ -73,6 +73,7 @@ def render(report: Mapping[str, Any], tables: Mapping[str, pa.Table]) -> str:
             ],
             plots=_plots(report, tables),
             statistics=statistics.tables(report),
+            **(attribution.context(report, tables, truth.value) if "attribution" in report else {}),
             prompts=None if prompts is None else _concentration(prompts),
             tokens=None if tokens is None else _concentration(tokens),
             top_prompts=[]
@@ -124,13 +125,17 @@ def _environment() -> jinja2.Environment:
     )
     found.filters |= {
         "typeset": typeset,
-        "number": lambda value: typeset(number(float(value))),
+        "number": _number,
         "estimate": lambda item: typeset(estimate(item)) if isinstance(item, Estimate) else "–",
         "in_words": in_words,
         "percent": percent,
         "leaf": leaf,
     }
     return found
+
+
+def _number(value: Any, digits: int = 3) -> str:
+    return typeset(number(float(value), digits))
 
 
 def leaf(item: Any) -> str:

@@ -279,6 +279,10 @@ def available(report: Mapping[str, Any], tables: Mapping[str, pa.Table]) -> dict
         found["prompts"] = lambda: prompt_plot(prompts, change)
     if prompts is not None or tokens is not None:
         found["concentration"] = lambda: concentration_plot(prompts, tokens)
+    if "attribution" in report and "tokens_u" in tables:
+        from .attribution_plots import proxy_plot  # which draws with what is below
+
+        found["proxies"] = lambda: proxy_plot(tables["tokens_u"])
     return found
 
 

@@ -15,6 +15,7 @@ import numpy as np
 import pyarrow as pa
 
 from ..stats import Estimate
+from . import attribution
 from .numbers import estimate, in_words, number
 
 Verdict = Literal["pass", "warn", "unknown"]
@@ -234,6 +235,18 @@ def checks(report: Mapping[str, Any]) -> list[Check]:
             "Share of groups in the update whose rewards are all equal: they carry no gradient.",
         ),
     ]
+    if "attribution" in report:
+        missed, allowed = attribution.sum_rule_check(report)
+        rows.append(
+            _limit(
+                "Shares add up",
+                missed,
+                allowed,
+                ("{:.2g}", "≤ {:g}"),
+                "What shares of the update's tokens, momentum and decay miss of the linear change, which is found by another mode of "
+                "differentiation on other samples; as a share of Σ|parts|.",
+            )
+        )
     return rows
 
 

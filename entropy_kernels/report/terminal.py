@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..stats import Estimate
-from . import reading
+from . import attribution, reading
 from .numbers import estimate, in_words, number
 
 MAX_LINES = 25
@@ -19,7 +19,7 @@ def summarize(report: Mapping[str, Any]) -> str:
     sentences = (reading.headline(report), reading.prediction(report), reading.eta_star(report))
     lines = [*filter(None, sentences), ""]
     lines += table(_state(report), align="<<<") + _part_measured(report) + _truncation(report)
-    lines += [""] + _sweep(report) + _verdicts(report)
+    lines += [""] + _sweep(report) + _attribution(report) + _verdicts(report)
     return "\n".join(line.rstrip() for line in lines)
 
 
@@ -92,6 +92,11 @@ def _sweep(report: Mapping[str, Any]) -> list[str]:
             )
         )
     return table(rows, align=">" * len(heading))
+
+
+def _attribution(report: Mapping[str, Any]) -> list[str]:
+    """Up to three sentences about who moved the entropy."""
+    return ["", *attribution.sentences(report)] if "attribution" in report else []
 
 
 def _verdicts(report: Mapping[str, Any]) -> list[str]:

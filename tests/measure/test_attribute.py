@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -30,6 +31,7 @@ from entropy_kernels.measure.steps import load_policy, measure_step
 from entropy_kernels.measure.store import NOWHERE
 from entropy_kernels.measure.what_if import read_factors, truth_of
 from entropy_kernels.policy import TokenBatch
+from entropy_kernels.report import Result
 from entropy_kernels.updates import update_direction
 
 ETA = 2e-5  # the checkpoint's learning rate
@@ -212,6 +214,14 @@ def test_what_ifs_are_predicted_and_measured(measured):
     for name in ("entropy", "reward"):
         predicted, found = mask[name]["predicted"].value, mask[name]["measured"].value
         assert predicted == pytest.approx(found, rel=0.2)
+
+
+def test_the_page_colours_responses_and_loads_nothing(measured):
+    directory, result = measured
+    text = result.save(directory).read_text()
+    assert "Which tokens of the update move the entropy" in text
+    assert "http" not in re.sub(r'xmlns(:\w+)?="[^"]*"', "", text)
+    assert Result.load(directory).report["attribution"]["eta"] == ETA
 
 
 def test_a_stopped_run_goes_on_to_the_same_shares(measured, tmp_path, monkeypatch):
