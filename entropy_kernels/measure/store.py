@@ -266,7 +266,6 @@ class _Parts(Parts):
 
     def __init__(self, folder: Path, fingerprint: str) -> None:
         self.folder, self.fingerprint = folder, fingerprint
-        folder.mkdir(parents=True, exist_ok=True)
         self.numbers = {int(file.stem) for file in folder.glob("*.safetensors") if file.stem.isdecimal()}
 
     def __contains__(self, number: object) -> bool:
@@ -280,6 +279,7 @@ class _Parts(Parts):
 
     def __setitem__(self, number: int, tensors: tuple[Tensor, ...]) -> None:
         named = {str(i): x for i, x in enumerate(tensors)}
+        self.folder.mkdir(parents=True, exist_ok=True)
         write_tensors(self._file(number), named, fingerprint=self.fingerprint, durable=False)
         self.numbers.add(number)
 
