@@ -144,5 +144,62 @@ def about_e(
     return {"lag_profile": lag_rows(profile), "statistics": found}
 
 
+def two_batch(
+    along_first: stats.Estimate, shares: np.ndarray, prompt_u: np.ndarray, eta: float
+) -> dict[str, Any]:
+    """The report's statistics.two_batch: the error of h'(0) over new draws of E, of U, and of both (docs/theory.md, section 11).
+
+    Args:
+        along_first: h'(0) with its error given the update.
+        shares: of U's tokens in δH₁ at eta, [N, T].
+        prompt_u: integers [N], of U.
+        eta: the learning rate in the shares.
+    """
+    _, inverse = np.unique(prompt_u, return_inverse=True)
+    of_update, of_both = stats.without_trace(
+        along_first, np.bincount(inverse, weights=shares.sum(axis=1)) / eta
+    )
+    return {"given_update": along_first, "given_evaluation": of_update, "both": of_both}
+
+
+def one_batch(
+    K: np.ndarray,
+    pull: np.ndarray,
+    logprob: np.ndarray,
+    length: np.ndarray,
+    prompt: np.ndarray,
+    *,
+    prompts_in_update: int,
+    gain: float,
+    per: stats.Per,
+    entropy: float,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """The report's statistics.one_batch: the gradient's part of h'(0) from U alone, −κU, pairs of different prompts only.
+
+    Args:
+        K: ∇SᵀP∇S between responses of U, [n, n].
+        pull: ω A of each, [n].
+        logprob: S of each, nats, [n].
+        length: response tokens of each, [n].
+        prompt: integers [n].
+        prompts_in_update: B_U; K may hold fewer.
+        gain: κ.
+        per: which entropy.
+        entropy: h, nats per token; only for per token.
+        seed: of the bootstrap.
+    """
+    f = logprob if per == "sequence" else (logprob + entropy * length) / length.mean()
+    Q = stats.pair_products(K, stats.leave_one_out(f, prompt), prompts_in_update * pull, prompt)
+    found = stats.one_batch(-gain * Q, unit=f"nats/{per} per unit eta", seed=seed)
+    return {
+        "first": found.u,
+        "zeta_1": found.zeta_1,
+        "zeta_2": found.zeta_2,
+        "hoeffding_variance": found.variance,
+        "bootstrap_stderr": found.bootstrap_stderr,
+    }
+
+
 def _against(sums: stats.PromptSums, plain: stats.PromptSums) -> dict[str, stats.Estimate]:
     return {"first": stats.first_derivative(sums), "variance_ratio": stats.variance_ratio(sums, plain)}

@@ -36,6 +36,7 @@ from .identity import identity
 from .influence import influence_table
 from .samples import batch_of, check_samples, describe, get_rollouts
 from .shares import Batches, influences
+from .statistics import two_batch
 from .store import close_store, open_store
 from .writing import environment, token_table, write_update
 
@@ -150,6 +151,10 @@ def measure_step(config: MeasureConfig, *, directory: str | None = None, progres
         **sections,
         "timings": clock.seconds,
     }
+    if "attribution" in sections:
+        first, shares = report["derivatives"]["first"], found["entropy"].total("shares").total
+        groups = batch_u.prompt_index.numpy()
+        report["statistics"]["two_batch"] = two_batch(first, shares, groups, eta_checkpoint)
     result = Result(report=report, tables=tables)
     if directory is not None:
         result.save(directory)

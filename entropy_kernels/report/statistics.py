@@ -117,6 +117,7 @@ def tables(report: Mapping[str, Any]) -> dict[str, Any]:
             (name, _text(row["first"]), _text(row["variance_ratio"]))
             for name, row in found.get("baselines", {}).items()
         ],
+        "batches": _batches(found),
         "chosen": found.get("baseline", "none"),
         "mix": _mix(found.get("rao_blackwell", {})),
         "coefficients": _coefficients(found.get("rao_blackwell", {})),
@@ -131,6 +132,18 @@ def tables(report: Mapping[str, Any]) -> dict[str, Any]:
         "kurtosis": _text(found.get("tails", {}).get("kurtosis")),
         "top_share": _text(found.get("tails", {}).get("top_1_percent_share")),
     }
+
+
+def _batches(found: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Whose new draws an error of h' is over."""
+    two, one = found.get("two_batch", {}), found.get("one_batch", {})
+    rows = (
+        ("new held-out samples E, the update as it is", two.get("given_update")),
+        ("new update samples U, E and the preconditioner as they are", two.get("given_evaluation")),
+        ("both anew, preconditioner as it is (an upper bound in the mean)", two.get("both")),
+        ("the part of this step's gradient, from U alone", one.get("first")),
+    )
+    return [(name, _text(item)) for name, item in rows if item is not None]
 
 
 def _mix(found: Mapping[str, Any]) -> list[tuple[str, str, str]]:

@@ -76,7 +76,7 @@ from .truth import (
     integration_error,
     noise_floor,
 )
-from .two_batch import TwoBatch, two_batch
+from .two_batch import TwoBatch, two_batch, without_trace
 from .ustatistic import OneBatch, leave_one_out, one_batch, pair_products
 
 __all__ = [
@@ -188,4 +188,5 @@ __all__ = [
     "unpaired_difference",
     "variance_ratio",
     "within_variance",
+    "without_trace",
 ]

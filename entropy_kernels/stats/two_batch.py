@@ -72,6 +72,32 @@ def two_batch(products: ArrayLike, *, unit: str) -> TwoBatch:
     )
 
 
+def without_trace(first: Estimate, influence_of_update: ArrayLike) -> tuple[Estimate, Estimate]:
+    """What is left of `two_batch` without the matrix: (√V_Y, √(V_X + V_Y)) from the row of U's prompts alone.
+
+    With T not known the sum counts Tr(Σ_XΣ_Y)/(B_E B_U) twice: it is too large by that in the mean.
+
+    Args:
+        first: X̄·v with the error given the update, √V_X.
+        influence_of_update: X̄·Y_m/B_U of each prompt of U, [B_U]: they add up to the gradient's part of X̄·v.
+
+    Raises:
+        UserError: fewer than two prompts.
+    """
+    q = np.asarray(influence_of_update, dtype=np.float64)
+    if q.ndim != 1 or len(q) < 2:
+        raise UserError(
+            f"influence_of_update has shape {q.shape}, expected one number for each of two prompts of U at least."
+        )
+    V_Y = len(q) / (len(q) - 1) * float(np.sum((q - q.mean()) ** 2))
+    over = "new draws of U, E and the preconditioner held fixed"
+    both = "new draws of both batches, the trace counted twice (an upper bound in the mean)"
+    return (
+        _estimate(first.value, math.sqrt(V_Y), len(q), first.unit, over),
+        _estimate(first.value, math.sqrt(first.stderr**2 + V_Y), min(len(q), first.n), first.unit, both),
+    )
+
+
 def _estimate(value: float, stderr: float, n: int, unit: str, over: str) -> Estimate:
     return Estimate(
         value=value, stderr=stderr, n=n, unit=unit, method=f"product of two batch means; error over {over}"

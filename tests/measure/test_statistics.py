@@ -15,6 +15,7 @@ from entropy_kernels.measure.direction import get_update, load_state, token_weig
 from entropy_kernels.measure.features import hidden_features
 from entropy_kernels.measure.samples import batch_of, get_rollouts
 from entropy_kernels.measure.shares import Batches, influences
+from entropy_kernels.measure.statistics import one_batch
 from entropy_kernels.measure.steps import load_policy
 from entropy_kernels.measure.store import NOWHERE
 
@@ -114,6 +115,52 @@ def test_the_report_has_every_section(run):
     assert sizes == [24, 12]
     shares = along.token_columns()["contribution"].sum()
     assert float(shares) == pytest.approx(report["derivatives"]["first"].value, rel=1e-10)
+
+
+@pytest.mark.parametrize("per", ["token", "sequence"])
+def test_one_batch_is_the_gradients_part_of_the_slope(per):
+    """With one prompt's worth of noise taken away, −κU is (∇h)·v_gradient: 200 prompts that are all alike in expectation.
+
+    Responses are drawn from a softmax over three answers of lengths 1, 2 and 3, where everything can be written down.
+    """
+    rng = np.random.default_rng(3)
+    logits, length, reward, P = (
+        np.array([0.3, -0.2, 0.1]),
+        np.array([1.0, 2, 3]),
+        np.array([0.0, 1, 3]),
+        np.array([1, 2, 0.5]),
+    )
+    p = np.exp(logits) / np.exp(logits).sum()
+    S = np.log(p)
+    score = np.eye(3) - p  # ∇S of each answer
+    prompts, group, gain = 4000, 2, 0.7
+    y = rng.choice(3, p=p, size=(prompts, group))
+    A = reward[y] - reward[y][:, ::-1]
+    pull = (A / (prompts * group)).ravel()
+    index, y = np.repeat(np.arange(prompts), group), y.ravel()
+    keep = 600  # K may hold fewer prompts than the update
+    some = index < keep
+    K = (score[y[some]] * P) @ score[y[some]].T
+    h, T = (-p @ S) / (p @ length), p @ length
+    slope = -score.T @ (p * S)  # of the entropy per sequence
+    if per == "token":
+        slope = (slope - h * (score.T @ (p * length))) / T
+    exact = slope @ (gain * P * (score.T @ (p * reward)))
+    found = one_batch(
+        K,
+        pull[some],
+        S[y[some]],
+        length[y[some]],
+        index[some],
+        prompts_in_update=prompts,
+        gain=gain,
+        per=per,
+        entropy=h,
+    )
+    assert abs(found["first"].z_score(exact)) < 3
+    assert found["first"].stderr < abs(exact) / 3  # so that sign and factor show
+    assert found["bootstrap_stderr"] == pytest.approx(found["first"].stderr, rel=0.2)
+    assert found["hoeffding_variance"] == pytest.approx(found["first"].stderr ** 2, rel=0.2)
 
 
 def test_group_needs_companions():

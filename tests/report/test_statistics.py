@@ -52,6 +52,15 @@ def test_tables_hold_what_the_report_says(result):
     assert found["coefficients"].count(",") == 4
 
 
+def test_errors_over_either_batch_are_told_apart(result):
+    first = result.report["derivatives"]["first"]
+    other = builder.estimate(3.0, 0.25)
+    found = {"statistics": {"two_batch": {"given_update": first, "given_evaluation": other, "both": other}}}
+    rows = statistics.tables(found)["batches"]
+    assert [name.split(",")[0] for name, _ in rows][:2] == ["new held-out samples E", "new update samples U"]
+    assert rows[1][1] == "3.00 ± 0.25"
+
+
 def test_a_report_without_statistics_is_as_it_was(monkeypatch):
     monkeypatch.setattr(html, "_plots", lambda *_: {})  # pictures take most of the time
     made = builder.result()

@@ -12,7 +12,7 @@ from enumerable import PROMPTS, draw_rows, entropy_logprob, probabilities, world
 from torch.func import jacrev
 
 from entropy_kernels.errors import UserError
-from entropy_kernels.stats import leave_one_out, one_batch, pair_products, two_batch
+from entropy_kernels.stats import leave_one_out, one_batch, pair_products, two_batch, without_trace
 
 REPLICATIONS = 4000
 
@@ -203,6 +203,18 @@ def test_two_batches_and_the_trace_counted_once():
     centred = found[:, 0] - mX @ mY
     kurtosis = np.mean(centred**4) / np.mean(centred**2) ** 2
     assert abs(np.mean(centred**2) / (sum(parts) + trace) - 1) < 4 * np.sqrt((kurtosis - 1) / REPLICATIONS)
+
+
+def test_two_batches_from_their_margins():
+    """What is known without the matrix: V_Y as it was, and the sum with the trace counted twice."""
+    _, _, X, Y = outcomes()
+    Q = X[drawn(69, 7)] @ Y[drawn(70, 5)].T
+    found = two_batch(Q, unit="1")
+    of_update, of_both = without_trace(found.given_update, Q.mean(axis=0) / 5)
+    assert of_update.stderr == pytest.approx(found.given_evaluation.stderr, rel=1e-12)
+    assert of_both.stderr**2 == pytest.approx(found.value.stderr**2 + found.trace, rel=1e-12)
+    with pytest.raises(UserError, match="two prompts of U"):
+        without_trace(found.value, [1.0])
 
 
 def test_inputs_that_do_not_fit_are_refused():
