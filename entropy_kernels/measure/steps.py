@@ -202,6 +202,16 @@ def choose_etas(config: MeasureConfig, info: StepInfo | None) -> tuple[float, tu
     return eta, tuple(float(x) for x in grid)
 
 
+_BASELINES = {
+    "none": "",
+    "position": " Scores less a baseline: the mean return at the same position over other prompts.",
+    "group": " Scores less a baseline: the mean return at the same position over the prompt's other responses.",
+    "ema": " Scores less a baseline: a moving average of returns over the prompts before.",
+    "regression": " Scores less a baseline: a regression on row statistics, fitted on other prompts.",
+    "critic": " Scores less a baseline: a linear critic on hidden states, fitted on other prompts.",
+}
+
+
 def definitions(config: MeasureConfig) -> dict[str, str]:
     """The one definition of entropy of this report, in words."""
     limits = truncation(config.top_k, config.top_p)
@@ -220,7 +230,7 @@ def definitions(config: MeasureConfig) -> dict[str, str]:
         ),
         "estimator": (
             f"Self-normalised importance sampling, weights {config.estimator.replace('_', ' ')}; samples drawn at the checkpoint; "
-            "errors over prompts."
+            f"errors over prompts.{_BASELINES[config.baseline]}"
         ),
         "change": "Entropy at θ + ηv minus entropy at the checkpoint θ, on the same samples; v is the optimizer's step per unit η.",
     }

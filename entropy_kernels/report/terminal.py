@@ -31,7 +31,7 @@ def _state(report: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     derivatives = report.get("derivatives", {})
     rows = [
         ("entropy before", report.get("entropy", {}).get("per_token"), sample),
-        ("h', slope", derivatives.get("first"), ""),
+        ("h', slope", derivatives.get("first"), _baseline(report)),
         ("h'', curvature", derivatives.get("second"), ""),
     ]
     return [
@@ -39,6 +39,17 @@ def _state(report: Mapping[str, Any]) -> list[tuple[str, str, str]]:
         for name, item, note in rows
         if isinstance(item, Estimate)
     ]
+
+
+def _baseline(report: Mapping[str, Any]) -> str:
+    """Which baseline was used and what it saved; nothing without one."""
+    found = report.get("statistics", {})
+    chosen = found.get("baseline", "none")
+    if chosen == "none":
+        return ""
+    return (
+        f"baseline {chosen}: {estimate(found['baselines'][chosen]['variance_ratio'])} of the variance without"
+    )
 
 
 def _part_measured(report: Mapping[str, Any]) -> list[str]:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+
 import numpy as np
 import pytest
 
 from entropy_kernels.measure.config import MeasureConfig
 from entropy_kernels.measure.statistics import about_e
 from entropy_kernels.report import Result, html, statistics
+from entropy_kernels.report.terminal import summarize
 from entropy_kernels.stats import TokenTangents, TokenValues
 
 from . import builder
@@ -59,6 +62,14 @@ def test_errors_over_either_batch_are_told_apart(result):
     rows = statistics.tables(found)["batches"]
     assert [name.split(",")[0] for name, _ in rows][:2] == ["new held-out samples E", "new update samples U"]
     assert rows[1][1] == "3.00 ± 0.25"
+
+
+def test_the_terminal_names_the_baseline_and_what_it_saves(result):
+    report = copy.deepcopy(result.report)
+    assert "baseline" not in summarize(report)
+    report["statistics"]["baseline"] = "ema"
+    saved = report["statistics"]["baselines"]["ema"]["variance_ratio"]
+    assert f"baseline ema: {str(saved).removesuffix(' 1')} of the variance" in summarize(report)
 
 
 def test_a_report_without_statistics_is_as_it_was(monkeypatch):
