@@ -65,7 +65,7 @@ def test_the_step_taken_and_its_replay_change_entropy_alike(tmp_path):
     sample = dict(rollouts_e=str(tmp_path / "rollouts_e.parquet"), **common)
     for update in (f"next:{demo.next_dir()}", str(tmp_path / "update.safetensors")):
         result = measure_step(MeasureConfig.demo(**sample, update=update), progress=False)
-        assert set(result.tables) == {"rollouts_e", "tokens_e"} and result.summary()
+        assert set(result.tables) == {"rollouts_e", "tokens_e", "influence"} and result.summary()
         change, want = (r.report["changes"][0]["true_integrated"].value for r in (result, replay))
         assert change == pytest.approx(want, rel=1e-3)
         result.save(tmp_path / "report")
