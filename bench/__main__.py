@@ -4,9 +4,15 @@ from __future__ import annotations
 
 import argparse
 
-from bench import fisher, gate, linear, rows, rows_gpu
+from bench import fisher, gate, linear, rows, rows_gpu, truncated
 
-BENCHMARKS = {"rows": rows.run, "linear": linear.run, "fisher": fisher.run, "gate": lambda _: gate.run()}
+BENCHMARKS = {
+    "rows": rows.run,
+    "linear": linear.run,
+    "truncated": truncated.run,
+    "fisher": fisher.run,
+    "gate": lambda _: gate.run(),
+}
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)

@@ -5,7 +5,7 @@ Everything is a row of `rows` again. With rows restricted to S and to the tail (
     entropy = H(z_S)      logprob = log p_y(z_S)      tail entropy = H(z_T)      s = 1/(1 + e^{lse(z_T) − lse(z_S)})
 
 so the four Functions of `rows` give all derivatives, and s keeps its digits where it is tiny as well as where 1 − s is. The two
-logsumexps are counted from the row's largest logit, lest a common shift of the logits cost digits of their difference.
+logsumexps are counted each from its own largest logit y*, as z_y*/τ − log p_y*, lest a common shift cost digits of their difference.
 
 Kept sets are found on the CPU in C++, without sorting; elsewhere by sorting in plain torch. Where no derivative is asked for and top-k
 or top-p define the set, the C++ function gives the values too, without a mask or a masked copy of the logits.
@@ -169,28 +169,52 @@ def _is_differentiated(x: Tensor) -> bool:
 
 def _parts(z: Tensor, S: Tensor, y: Tensor, tau: Tensor) -> tuple[Tensor, ...]:
     """The fields of TruncatedEntropy, [R] each, from differentiable functions of z."""
-    z = z.to(compute_dtype(z.dtype))
-    none = torch.full_like(y, -1)
-    y_column = y.clamp_min(0).unsqueeze(-1)
-    cut = (y >= 0) & ~S.gather(-1, y_column).squeeze(-1)
-    peak = z.detach().amax(-1, keepdim=True)
-    c = z - torch.where(peak.isfinite(), peak, 0.0)
-    full_entropy = _Values.apply(z, none, tau)[0]
+    full_entropy = _Values.apply(z, torch.full_like(y, -1), tau)[0]
+    undefined = full_entropy.detach().isnan()  # a row without a law
+    inside = _part_of_row(torch.where(S, z, -torch.inf), z, tau)
+    outside = _part_of_row(torch.where(S, -torch.inf, z), z, tau)
 
-    entropy, logprob, lse, _ = _Values.apply(torch.where(S, c, -torch.inf), torch.where(cut, -1, y), tau)
-    logprob = torch.where(cut, torch.where(entropy.isnan(), torch.nan, -torch.inf), logprob)
-    undefined = ((~S | (z == -torch.inf)).all(-1)) & peak.isfinite().squeeze(-1)
-    lse = torch.where(undefined, -torch.inf, lse)
+    cut = (y >= 0) & ~S.gather(-1, y.clamp_min(0).unsqueeze(-1)).squeeze(-1)
+    entropy, logprob, _, _ = _Values.apply(inside.row, torch.where(cut, -1, y), tau)
+    logprob = torch.where(cut, -torch.inf, logprob)
+    logprob = torch.where(inside.empty & (y >= 0), torch.nan, logprob)
+    entropy = torch.where(inside.empty, torch.nan, entropy)
+    tail_entropy = torch.where(undefined, torch.nan, outside.entropy)
 
-    # Of the tail: lse = c_y − log p_y at its likeliest token y. A row without a tail stands in for it, with weight 0.
-    no_tail = truncated.without_tail(z, S)
-    z_tail = torch.where(S & ~no_tail.unsqueeze(-1), -torch.inf, z)
-    likeliest = z_tail.detach().argmax(-1)
-    tail_entropy, tail_logprob, _, _ = _Values.apply(z_tail, likeliest, tau)
-    tail_lse = c.gather(-1, likeliest.unsqueeze(-1)).squeeze(-1) / tau - tail_logprob
-    tail_lse = torch.where(no_tail, -torch.inf, tail_lse)
-    tail_entropy = torch.where(no_tail, 0.0, tail_entropy)
-    return entropy, logprob, (lse - tail_lse).sigmoid(), S.sum(-1), tail_entropy, full_entropy
+    # lse(z_S) − lse(z_T), each counted from its own largest logit
+    log_odds = (inside.z_peak - outside.z_peak) / tau + (inside.log_norm - outside.log_norm)
+    log_odds = torch.where(outside.empty, torch.inf, torch.where(inside.empty, -torch.inf, log_odds))
+    kept_mass = torch.where(undefined, torch.nan, log_odds.sigmoid())
+    return entropy, logprob, kept_mass, S.sum(-1, dtype=torch.int32).long(), tail_entropy, full_entropy
+
+
+class _Part(NamedTuple):
+    """A row restricted to some tokens [R, V]; its entropy, its largest logit and log Σ e^c with c counted from there, each [R]."""
+
+    row: Tensor
+    entropy: Tensor
+    log_norm: Tensor
+    z_peak: Tensor
+    empty: Tensor  # no token, or only such as have probability 0
+
+
+def _part_of_row(row: Tensor, z: Tensor, tau: Tensor) -> _Part:
+    """From the logits with −∞ outside the part. An empty part is replaced by one token, of entropy 0 and without a derivative."""
+    peak = row.detach().argmax(-1, keepdim=True)
+    empty = row.detach().gather(-1, peak) == -torch.inf
+    if torch._C._functorch.is_batchedtensor(empty) or bool(
+        empty.any()
+    ):  # a copy, which most rows do not need
+        row = row.scatter(
+            -1, peak, torch.where(empty, torch.zeros_like(empty, dtype=row.dtype), row.gather(-1, peak))
+        )
+    entropy, log_p_peak, _, _ = _Values.apply(row, peak.squeeze(-1), tau)
+    z_peak = torch.where(empty.squeeze(-1), 0.0, _pick(z, peak))
+    return _Part(row, entropy, -log_p_peak, z_peak, empty.squeeze(-1))
+
+
+def _pick(z: Tensor, column: Tensor) -> Tensor:
+    return z.gather(-1, column).squeeze(-1).to(compute_dtype(z.dtype))
 
 
 def _check_logits(name: str, logits: Tensor) -> None:

@@ -181,10 +181,14 @@ def row_cotangent_tangents(
     return out.to(z.dtype)
 
 
-def kept_set(z: Tensor, tau: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
+def kept_set(z: Tensor, tau: Tensor, top_k: Tensor | None, top_p: Tensor | None) -> Tensor:
     """The kept tokens, bool [R, V], from thresholds that need no sorting: top_k first, then top_p of what it left."""
     if (level := _level()) is None:
         return truncated.kept_set(z, tau, top_k, top_p)
+    if top_k is None:
+        top_k = torch.full((len(z),), z.shape[-1], dtype=torch.int64)
+    if top_p is None:
+        top_p = torch.ones(len(z), dtype=torch.float64)
     (logits,) = _prepared(z)
     threshold = torch.empty(len(z), dtype=compute_dtype(z.dtype), device=z.device)
     torch.ops.entropy_kernels.row_thresholds(

@@ -43,22 +43,23 @@ def cumulative_plot(report: Mapping[str, Any]) -> Figure:
         axes, below = figure.subplots(2, 1, sharex=True, height_ratios=(2.4, 1))
         _resampled(axes, report, x)
         _resampled(below, report, x)
-        value, low, high = _interval([s["measured"] for s in sums])
-        axes.fill_between(x, low, high, color=MEASURED, alpha=0.13, linewidth=0, label="95 % interval of it")
-        axes.plot(x, value, color=MEASURED, marker="o", markersize=4.5, label="measured")
+        from_start = np.concatenate([[0], x])  # nothing has changed yet at the first checkpoint
+        value, low, high = (np.concatenate([[0], y]) for y in _interval([s["measured"] for s in sums]))
+        axes.fill_between(
+            from_start, low, high, color=MEASURED, alpha=0.13, linewidth=0, label="its 95 % interval"
+        )
+        axes.plot(from_start, value, color=MEASURED, marker="o", markersize=4.5, label="measured")
+        shown = [low, high]
         for kind, label, colour, dashes in _CURVES:
             if kind in sums[0]:
-                value, low, high = _interval([s[kind] for s in sums])
+                value, low, high = (np.concatenate([[0], y]) for y in _interval([s[kind] for s in sums]))
+                bars = [value - low, high - value]
                 axes.errorbar(
-                    x,
-                    value,
-                    yerr=[value - low, high - value],
-                    fmt="none",
-                    ecolor=colour,
-                    alpha=0.6,
-                    elinewidth=1,
+                    from_start, value, yerr=bars, fmt="none", ecolor=colour, alpha=0.6, elinewidth=1
                 )
-                axes.plot(x, value, color=colour, dashes=dashes, label=label)
+                axes.plot(from_start, value, color=colour, dashes=dashes, label=label)
+                shown += [value] if kind == "quadratic" else [low, high]
+        axes.set_ylim(*_limits(shown))  # a second order that is not resolved must not hide the rest
         axes.axhline(0, color=MUTED, linewidth=0.8)
         axes.set_ylabel(f"change of entropy since {report['checkpoints'][0]['name']}\n({unit})")
         axes.set_title("Change of entropy along the run, measured and predicted")
@@ -189,6 +190,13 @@ def _resampled(axes: Axes, report: Mapping[str, Any], x: np.ndarray) -> None:
     for i, j in enumerate(starts):
         label = "new samples" if i == 0 else None
         axes.axvline(x[j] - 1, color=MUTED, linewidth=0.8, dashes=(1, 2), label=label)
+
+
+def _limits(curves: Sequence[np.ndarray]) -> tuple[float, float]:
+    """Room for all curves and a little more."""
+    low, high = np.nanmin(np.concatenate(curves)), np.nanmax(np.concatenate(curves))
+    room = 0.06 * (high - low) or 1e-6
+    return float(low - room), float(high + room)
 
 
 def _arrays(items: Sequence[Estimate]) -> tuple[np.ndarray, np.ndarray]:
