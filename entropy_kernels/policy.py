@@ -242,16 +242,28 @@ class Policy:
 
     @contextlib.contextmanager
     def as_trained(self) -> Iterator[None]:
-        """Within: reverse mode leaves out the input embedding of the padding token, as training does.
+        """Within: derivatives in every mode leave out the input embedding of the padding token, as training does.
 
         An embedding made with a padding index drops that row's gradient even where the token is a real one, such as an
-        end-of-turn token in a prompt. The true derivative has it, so it is switched off but for the trainer's own gradient.
+        end-of-turn token in a prompt. The true derivative has it, so it is switched off but for the trainer's own gradient and for
+        what its parts are.
         """
-        _set_padding_idx(self.model, self.padding_idx)
+        if self.padding_idx is None:
+            yield
+            return
+        index = self.padding_idx
+
+        def constant(_: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            return torch.where((arguments[0] == index).unsqueeze(-1), output.detach(), output)
+
+        # An adapter may have wrapped the table, or added a copy that it trains.
+        tables = [x for x in self.model.get_input_embeddings().modules() if isinstance(x, nn.Embedding)]
+        hooks = [table.register_forward_hook(constant) for table in tables]
         try:
             yield
         finally:
-            _set_padding_idx(self.model, None)
+            for hook in hooks:
+                hook.remove()
 
     @property
     def dtype(self) -> torch.dtype:

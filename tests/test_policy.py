@@ -7,7 +7,7 @@ import tiny
 import torch
 
 from entropy_kernels.certify import certify
-from entropy_kernels.derivatives import token_curvature, token_gradient, token_stats
+from entropy_kernels.derivatives import token_curvature, token_gradient, token_stats, token_tangents
 from entropy_kernels.errors import UserError
 from entropy_kernels.policy import Policy, TokenBatch
 
@@ -160,7 +160,13 @@ def test_a_padding_token_in_the_prompt_has_a_true_derivative_but_not_in_training
     weight = torch.ones(batch.input_ids.shape, dtype=torch.float64)
     row = "model.embed_tokens.weight"
     assert token_gradient(policy, batch, logprob_weight=weight)[row][pad].abs().max() > 1e-3
+    v = tiny.direction(policy)
     with policy.as_trained():
         trained = token_gradient(policy, batch, logprob_weight=weight)
+        forward = token_tangents(policy, batch, v).d_logprob.sum()  # forward mode leaves out the same
+    assert float(forward) == pytest.approx(
+        sum(float((x * v[name]).sum()) for name, x in trained.items()), rel=1e-10
+    )
+    assert float(token_tangents(policy, batch, v).d_logprob.sum()) != pytest.approx(float(forward), rel=1e-3)
     assert (trained[row][pad] == 0).all() and trained[row].abs().max() > 1e-3
     assert token_gradient(policy, batch, logprob_weight=weight)[row][pad].abs().max() > 1e-3

@@ -117,9 +117,10 @@ def _influence(
                 return attribution.half_gradient(policy, data.batch_e, of_e, half, progress=tick, parts=parts)
 
             def over_u(y: Parameters, parts: Parts | None) -> dict[str, np.ndarray]:
-                return attribution.token_influence(
-                    policy, data.batch_u, y, data.weights, progress=tick, parts=parts
-                )
+                with policy.as_trained():  # shares are parts of the gradient that the trainer took
+                    return attribution.token_influence(
+                        policy, data.batch_u, y, data.weights, progress=tick, parts=parts
+                    )
 
             for half, letter in enumerate("ab"):
                 kept = store.in_parts(f"gradient_{name}_{letter}", partial(gradient, half), running=True)

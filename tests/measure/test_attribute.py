@@ -65,21 +65,22 @@ class Step:
         self.U, E = get_rollouts(self.config, self.policy, None, False, NOWHERE)
         self.u, self.e = batch_of(self.U), batch_of(E)
         self.weights = token_weights(self.config, self.U, self.u)
-        self.gradient = token_gradient(
-            self.policy, self.u, logprob_weight=self.weights["policy_gradient"].logprob
-        )
+        with self.policy.as_trained():
+            g = self.weights["policy_gradient"].logprob
+            self.gradient = token_gradient(self.policy, self.u, logprob_weight=g)
         self.update = self.direction(self.gradient)
         values = token_stats(self.policy, self.e)
         of_e = entropy_weights(TokenStats(*values), self.e, per="token", estimator="per_decision")
         halves = [half_gradient(self.policy, self.e, of_e, half) for half in (0, 1)]
         self.X = {name: x + halves[1][name] for name, x in halves[0].items()}
         self.shares, self.marginals = (
-            ETA
-            * token_influence(self.policy, self.u, turned(self.update, self.X), self.weights)[
-                "policy_gradient"
-            ]
+            ETA * self.influence(turned(self.update, self.X))
             for turned in (share_direction, marginal_direction)
         )
+
+    def influence(self, y):
+        with self.policy.as_trained():
+            return token_influence(self.policy, self.u, y, self.weights)["policy_gradient"]
 
     def direction(self, gradient):
         return update_direction(
@@ -96,7 +97,8 @@ class Step:
         )
         g = torch.zeros(row.input_ids.shape, dtype=torch.float64)
         g[0, t] = self.weights["policy_gradient"].logprob[i, t]
-        return token_gradient(self.policy, row, logprob_weight=g)
+        with self.policy.as_trained():
+            return token_gradient(self.policy, row, logprob_weight=g)
 
     def truth(self, v, eta=ETA):
         """The integrated change of entropy at η along v, on E."""
