@@ -65,7 +65,7 @@ def main(argv: list[str] | None = None) -> int:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--prompts-e", type=int, default=48)
+    parser.add_argument("--prompts-e", type=int, default=32)
     parser.add_argument("--second-order", action="store_true", help="three times the work")
     parser.add_argument("--figure", type=Path, help="write the plot there (.png)")
     parser.add_argument("--results", type=Path, help="write the numbers there (.json)")
