@@ -26,7 +26,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from bench import timing
-from entropy_kernels.ops import row_kernels, rows
+from entropy_kernels.ops import kept_kernels, row_kernels, rows
 
 R, V = 8192, 151936  # the shape of the roofline
 ALIGNMENT = 16  # what Triton is told of pointers and row lengths: it looks for multiples of 16 at each launch
@@ -61,6 +61,7 @@ class Variant:
     width: int = 0  # columns a program
     reads: int = 0  # tensors of rows read
     writes: int = 0
+    again: bool = False  # reads the row as often as its numbers ask for: nothing can be said of one element
 
     @property
     def name(self) -> str:
@@ -106,6 +107,9 @@ def variants(dtypes: Sequence[torch.dtype] = tuple(NAMES)) -> Iterator[Variant]:
         width = rows.written_width(V, T)
         yield Variant(kernel="write_cotangents", dtype=dtype, width=width, reads=1, writes=1)
         yield Variant(kernel="write_cotangent_tangents", dtype=dtype, width=width, reads=2, writes=1)
+        if dtype in rows.KEY_SHIFT:
+            width = rows.kept_width(V)
+            yield Variant(kernel="kept_thresholds", dtype=dtype, width=width, reads=1, again=True)
 
 
 def compiled(x: Variant, target: str) -> Compiled:
@@ -115,7 +119,7 @@ def compiled(x: Variant, target: str) -> Compiled:
     read = _read_amd if target.startswith("gfx") else _read_nvidia
     registers, spilled, shared, operations, wide = read(machine_code)
     nvidia = read is _read_nvidia
-    per = x.width / threads if x.width and nvidia else None
+    per = x.width / threads if x.width and nvidia and not x.again else None
     programs = min(REGISTERS // (max(registers, 1) * threads), WARPS // x.warps) if nvidia else None
     special = sum(n for name, n in operations.items() if name.startswith("MUFU"))
     return Compiled(
@@ -130,7 +134,7 @@ def compiled(x: Variant, target: str) -> Compiled:
         wide_load_bytes=wide,
         needed_load_bytes=x.reads * x.dtype.itemsize * x.width // threads,
         programs_per_multiprocessor=programs,
-        bytes_per_element=x.bytes_per_element or None,
+        bytes_per_element=None if x.again else x.bytes_per_element or None,
         special_per_element=special / per if per else None,
         instructions_per_element=sum(operations.values()) / per if per else None,
     )
@@ -149,13 +153,15 @@ def faults(c: Compiled) -> list[str]:
 
 
 def _compile(x: Variant, target: GPUTarget) -> tuple[Any, Any]:
-    function = getattr(row_kernels, x.kernel)
+    function = getattr(kept_kernels if x.again else row_kernels, x.kernel)
     if not isinstance(function, triton.JITFunction):
         raise RuntimeError("the gate compiles: run it without TRITON_INTERPRET")
     data, wide = "*" + NAMES[x.dtype], "*" + NAMES[rows.compute_dtype(x.dtype)]
     constants = {f"{t}_column": 1 for t in ("z", "u", "v", "out")}
     constants |= {"N": x.tangents, "BLOCK": x.width, "TILES": triton.next_power_of_2(triton.cdiv(V, 4096))}
+    constants |= {"SHIFT": rows.KEY_SHIFT.get(x.dtype)}
     types = dict.fromkeys(("z", "u", "v", "out"), data) | {"y": "*i64", "S": "i32", "V": "i32"}
+    types |= {"k": "*i64", "p": "*fp64"}
     types |= {f"{t}_row": "i32" for t in ("z", "u", "v", "out")}
     signature = {
         name: "constexpr" if name in constants else types.get(name, wide) for name in function.arg_names

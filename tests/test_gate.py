@@ -27,12 +27,12 @@ from entropy_kernels.ops import rows  # noqa: E402
 @pytest.mark.parametrize("target", gate.TARGETS)
 def test_every_kernel_passes(target, dtype):
     variants = list(gate.variants([dtype]))
-    assert len(variants) == 8
+    assert len(variants) == (8 if dtype == torch.float64 else 9)
     for x in variants:
         c = gate.compiled(x, target)
         assert not gate.faults(c) and c.registers > 0
         if x.width and target != "gfx942":
-            assert c.wide_load_bytes >= c.needed_load_bytes > 0 and c.special_per_element > 0
+            assert c.wide_load_bytes >= c.needed_load_bytes > 0 and (x.again or c.special_per_element > 0)
 
 
 def test_a_kernel_that_spills_is_seen(monkeypatch):

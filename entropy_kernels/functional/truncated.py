@@ -7,8 +7,9 @@ Everything is a row of `rows` again. With rows restricted to S and to the tail (
 so the four Functions of `rows` give all derivatives, and s keeps its digits where it is tiny as well as where 1 − s is. The two
 logsumexps are counted each from its own largest logit y*, as z_y*/τ − log p_y*, lest a common shift cost digits of their difference.
 
-Kept sets are found on the CPU in C++, without sorting; elsewhere by sorting in plain torch. Where no derivative is asked for and top-k
-or top-p define the set, the C++ function gives the values too, without a mask or a masked copy of the logits.
+Kept sets are found in C++ on the CPU and in Triton on a GPU, without sorting; elsewhere, and for float64 on a GPU, plain torch sorts.
+Where no derivative is asked for and top-k or top-p define the set, the C++ function gives the values too, without a mask or a masked
+copy of the logits.
 """
 
 from __future__ import annotations

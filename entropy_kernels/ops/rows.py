@@ -20,7 +20,7 @@ from torch import Tensor
 
 from entropy_kernels.errors import UserError
 
-from . import row_kernels
+from . import kept_kernels, row_kernels, truncated
 from .reference import RowValues, compute_dtype
 
 
@@ -41,6 +41,18 @@ def written_width(V: int, dtype: torch.dtype) -> int:
 def warps(width: int) -> int:
     """8 for a full tile, fewer for narrow rows."""
     return max(1, min(8, width // 512))
+
+
+KEY_SHIFT = {
+    torch.bfloat16: 16,
+    torch.float16: 13,
+    torch.float32: 0,
+}  # bits of float32 that the dtype leaves 0
+
+
+def kept_width(V: int) -> int:
+    """Columns that a search for thresholds takes at a time."""
+    return min(2048, max(256, triton.next_power_of_2(V)))
 
 
 def backend() -> str:
@@ -191,3 +203,25 @@ def row_cotangent_tangents(
             *z.stride(), *dz.stride(), *out.stride(), BLOCK=width, num_warps=warps(width),
         )  # fmt: skip
     return out
+
+
+def kept_set(z: Tensor, tau: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
+    """The kept tokens, bool [R, V], by a search over the keys of the logits; float64 logits are sorted in plain torch.
+
+    Top-k is exact. Masses are those of float32: a token within 1e-6 of the crossing may be decided otherwise than in float64.
+    """
+    if z.dtype == torch.float64:
+        return truncated.kept_set(z, tau, top_k, top_p)
+    z = _in_memory(z)
+    R, V = z.shape
+    threshold = torch.empty(R, dtype=torch.float32, device=z.device)
+    width = kept_width(V)
+    if R:
+        (tau,) = _vectors(torch.float32, tau)
+        with _device(z):
+            kept_kernels.kept_thresholds[(R,)](
+                z, tau, top_k.contiguous(), top_p.contiguous(), threshold, V, *z.stride(),
+                SHIFT=KEY_SHIFT[z.dtype], BLOCK=width, num_warps=warps(width),
+            )  # fmt: skip
+    # −∞ is never kept; a NaN keeps nothing. In float32: a threshold between two tokens is no number of a narrower dtype
+    return z >= threshold.clamp(min=torch.finfo(z.dtype).min).unsqueeze(-1)

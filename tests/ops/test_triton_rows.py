@@ -1,4 +1,4 @@
-"""The Triton rows: `triton_rows.py` in a process of its own, natively on a GPU, else in Triton's interpreter.
+"""The Triton rows: `triton_rows.py` and `triton_kept.py` in a process of its own, natively on a GPU, else in Triton's interpreter.
 
 The interpreter has to be asked for before Triton is first imported, and then holds for the whole process.
 """
@@ -43,6 +43,7 @@ def test_the_triton_rows(which):
         "-m",
         which,
         "triton_rows.py",
+        "triton_kept.py",
         interpret=interpret,
     )
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
