@@ -81,7 +81,14 @@ class Along:
             found = self._tangents("tangents", self.policy, weighted["tangents"])
         self.base = _moved(0.0, found)
         self.baseline = fit_baseline(
-            self.config, self.policy, self.batch, self.base.values, self.store, weighted["values"]
+            self.config,
+            self.policy,
+            self.batch,
+            self.direction,
+            self.base.values,
+            self.base.tangents,
+            self.store,
+            weighted["values"],
         )
         self.base_sums = self.sums(self.base, curvature=self.curvature)
         self.direct: dict[float, stats.TokenValues] = {}

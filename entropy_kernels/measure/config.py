@@ -16,7 +16,7 @@ CHOICES = {
     "loss": ("grpo", "dapo", "dr_grpo_longest", "dr_grpo_constant"),
     "per": ("token", "sequence"),
     "estimator": ("per_decision", "whole_sequence"),
-    "baseline": ("none", "position", "group", "ema", "regression", "critic"),
+    "baseline": ("none", "position", "group", "ema", "regression", "critic", "least_error"),
     "truth": ("direct", "integrated", "both"),
     "precision": ("float32", "float64"),
 }

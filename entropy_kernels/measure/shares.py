@@ -80,9 +80,8 @@ def influences(
             "values_e", lambda parts: token_stats(policy, data.batch_e, parts=parts)._asdict()
         )
         values = TokenStats(found["entropy"], found["logprob"])
-        b = fit_baseline(
-            config, policy, data.batch_e, stats.TokenValues(*(x.double().numpy() for x in values)), store
-        )
+        here = stats.TokenValues(*(x.double().numpy() for x in values))
+        b = fit_baseline(config, policy, data.batch_e, update.direction, here, None, store)
         return attribution.entropy_weights(
             values, data.batch_e, per=config.per, estimator=config.estimator, baseline=b
         )

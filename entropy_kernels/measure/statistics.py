@@ -13,13 +13,19 @@ from typing import Any
 import numpy as np
 
 from .. import stats
+from ..derivatives import token_tangents
 from ..errors import UserError
-from ..policy import Policy, TokenBatch
+from ..policy import Parameters, Policy, TokenBatch
 from .config import MeasureConfig
 from .features import hidden_features
 from .store import Store
 
-CHEAP: tuple[stats.BaselineKind, ...] = ("position", "ema", "regression")  # from E's own numbers alone
+CHEAP: tuple[stats.BaselineKind, ...] = (
+    "position",
+    "ema",
+    "regression",
+    "least_error",
+)  # from E's own numbers alone
 
 
 def check_baseline(config: MeasureConfig, prompt: np.ndarray) -> None:
@@ -39,16 +45,23 @@ def fit_baseline(
     config: MeasureConfig,
     policy: Policy,
     batch: TokenBatch,
+    direction: Parameters,
     values: stats.TokenValues,
+    tangents: stats.TokenTangents | None,
     store: Store,
     tick: Callable[[int], Any] | None = None,
 ) -> np.ndarray | None:
-    """b [N, T] of the kind that was asked for, fitted at θ across prompts; None for none. "critic" takes one forward pass more."""
+    """b [N, T] of the kind that was asked for, fitted at θ across prompts; None for none.
+
+    "critic" takes one forward pass more; "least_error" a forward-mode pass along v where the tangents are not there yet.
+    """
     if config.baseline == "none":
         return None
 
     def fitted() -> dict[str, np.ndarray]:
-        features = None
+        features, along_v = None, None
+        if config.baseline == "least_error":
+            along_v = tangents or _tangents(policy, batch, direction)
         if config.baseline == "critic":
             features = hidden_features(policy, batch, progress=tick).numpy()
         b = stats.baseline(
@@ -59,10 +72,16 @@ def fit_baseline(
             per=config.per,
             estimator=config.estimator,
             features=features,
+            tangents=along_v,
         )
         return {"baseline": b}
 
     return store.tensors("baseline", fitted)["baseline"].numpy()
+
+
+def _tangents(policy: Policy, batch: TokenBatch, direction: Parameters) -> stats.TokenTangents:
+    found = token_tangents(policy, batch, direction)
+    return stats.TokenTangents(found.d_entropy.double().numpy(), found.d_logprob.double().numpy())
 
 
 def lag_rows(profile: stats.LagProfile) -> list[dict[str, Any]]:
@@ -108,6 +127,8 @@ def about_e(
     tried: tuple[stats.BaselineKind, ...] = (*CHEAP, "group") if companions else CHEAP
     for kind in tried:
         kinds: dict[str, Any] = {"per": per, "estimator": config.estimator}
+        if kind == "least_error":
+            kinds["tangents"] = tangents
         baselines[kind] = _against(sums(stats.baseline(kind, values, mask, prompt, **kinds)), plain)
     if config.baseline not in ("none", *baselines):
         baselines[config.baseline] = _against(chosen, plain)

@@ -208,6 +208,7 @@ _BASELINES = {
     "group": " Scores less a baseline: the mean return at the same position over the prompt's other responses.",
     "ema": " Scores less a baseline: a moving average of returns over the prompts before.",
     "regression": " Scores less a baseline: a regression on row statistics, fitted on other prompts.",
+    "least_error": " Scores less a baseline: of row statistics, with the coefficients of least error on other prompts.",
     "critic": " Scores less a baseline: a linear critic on hidden states, fitted on other prompts.",
 }
 

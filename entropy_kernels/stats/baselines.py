@@ -10,6 +10,11 @@ E[Q_k S'_k²]/E[S'_k²] given what is known, nearly E[Q_k]: each kind below is a
     ema          a moving average over the prompts before
     regression   ridge regression on row statistics: position, H_k, and H and S of earlier tokens
     critic       the same with features that the caller passes, such as hidden states: a linear value head
+    least_error  the same statistics and a constant, with coefficients that make the error of h' itself least
+
+The last does not guess returns. With φ the statistics and Z_n = Σ_{k∈n} φ_k S'_k, taking b = φβ from the scores changes the influence
+of prompt n on ĥ' from y_n to y_n − (Z_n − D_n ΣZ/ΣD)β/D: an ordinary regression over prompts, which also sees that the terms
+of one response are correlated. It needs tangents, and b then belongs to one direction.
 
 Returns are linear in h, Q = Q₀ − h C with Q₀ = RᵀH and C = Rᵀc, so each fit takes h from the same other prompts. All but `group` and
 `ema` are cross-fitted: prompts are dealt into folds, and b on a fold is fitted on the others.
@@ -24,13 +29,14 @@ from numpy.typing import ArrayLike, NDArray
 
 from ..errors import UserError
 from .estimate import Estimate
-from .ratio import influence_first
+from .ratio import arrays_first, influence_first
 from .resampling import check_prompt_count, jackknife
 from .samples import (
     EstimatorKind,
     FloatArray,
     Per,
     PromptSums,
+    TokenTangents,
     TokenValues,
     by_prompt,
     check_mask,
@@ -38,11 +44,12 @@ from .samples import (
     check_prompts,
     counted,
     on_mask,
+    prompt_sums,
     reach,
     reach_transposed,
 )
 
-BaselineKind = Literal["position", "group", "ema", "regression", "critic"]
+BaselineKind = Literal["position", "group", "ema", "regression", "critic", "least_error"]
 FOLDS = 5
 EMA_DECAY = 0.95
 PENALTIES = (
@@ -76,6 +83,7 @@ def baseline(
     estimator: EstimatorKind,
     features: ArrayLike | None = None,
     weight: ArrayLike | None = None,
+    tangents: TokenTangents | None = None,
     folds: int = FOLDS,
 ) -> FloatArray:
     """b_k of one kind, nats, float64 [N, T], 0 outside the mask.
@@ -89,11 +97,12 @@ def baseline(
         estimator: "per_decision" or "whole_sequence".
         features: for "critic": [N, T, F], functions of the prompt and of t_<k.
         weight: [N, T], of each token in the fits of "regression" and "critic", such as S'_k²; None for equal weights.
+        tangents: for "least_error": H' and S' at η = 0 along the direction, [N, T].
         folds: how many parts the prompts are dealt into.
 
     Raises:
         UserError: names, shapes or dtypes do not fit; "path"; fewer than two prompts; no prompt with two responses for "group";
-            no features for "critic", or features for another kind.
+            no features for "critic" or tangents for "least_error", or any of them for another kind.
     """
     check_names(per, estimator)
     if kind not in get_args(BaselineKind):
@@ -108,6 +117,10 @@ def baseline(
         raise UserError(
             f"baseline is {kind!r} {'without' if features is None else 'with'} features; expected features, [N, T, F], exactly for "
             "'critic'."
+        )
+    if (kind == "least_error") != (tangents is not None):
+        raise UserError(
+            f"baseline is {kind!r} {'without' if tangents is None else 'with'} tangents; expected TokenTangents exactly for 'least_error'."
         )
     mask = check_mask(mask)
     inverse, B = check_prompts(prompt_index, mask)
@@ -127,6 +140,13 @@ def baseline(
         fold = np.arange(B) % min(folds, B)
         if kind == "position":
             b = of_position(found, totals, fold)
+        elif tangents is not None:
+            S1 = on_mask(tangents.d_logprob, mask, "tangents.d_logprob")[mask]
+            sums = prompt_sums(
+                values, values, mask, prompt_index, per=per, estimator=estimator, tangents=tangents
+            )
+            X = row_statistics(H, on_mask(values.logprob, mask, "values.logprob"), mask)
+            b = of_least_error(np.concatenate([np.ones((len(X), 1)), X], axis=1), S1, sums, found, fold)
         else:
             S = on_mask(values.logprob, mask, "values.logprob")
             X = row_statistics(H, S, mask)
@@ -269,6 +289,40 @@ def of_features(
         ((slope, level),) = _ridge([sums[e] for e in others], h, (PENALTIES[int(loss.argmin())],))
         inside = fold[found.prompt] == f
         b[inside] = X[inside] @ slope + level
+    return b
+
+
+def of_least_error(
+    X: FloatArray, S1: FloatArray, sums: PromptSums, found: Returns, fold: NDArray[np.intp]
+) -> FloatArray:
+    """X β with β from the other folds: regression over prompts of D·IF' on Z_n − D_n ΣZ/ΣD; the penalty as in `of_features`."""
+    B, count = len(sums.numerator), int(fold.max()) + 1
+    Z = np.stack([by_prompt(column * S1, found.prompt, B) for column in X.T], axis=1)
+
+    def problem(chosen: NDArray[np.bool_]) -> tuple[FloatArray, FloatArray]:
+        N, D, N1, D1 = (x[chosen] for x in arrays_first(sums))
+        own = sums._replace(numerator=N, denominator=D, d_numerator=N1, d_denominator=D1)
+        return Z[chosen] - np.outer(D, Z[chosen].sum(axis=0) / D.sum()), D.sum() * influence_first(own)
+
+    def fit(chosen: NDArray[np.bool_], penalties: tuple[float, ...]) -> list[FloatArray]:
+        z, y = problem(chosen)
+        size = np.sqrt(np.mean(z**2, axis=0))
+        scale = np.divide(1.0, size, out=np.zeros_like(size), where=size > 0)
+        values, vectors = np.linalg.eigh((z * scale).T @ (z * scale) / len(z))
+        along = vectors.T @ (scale * (z.T @ y) / len(z))
+        return [scale * (vectors @ (along / (np.maximum(values, 0.0) + penalty))) for penalty in penalties]
+
+    b = np.zeros(len(X))
+    for f in range(count):
+        others = [g for g in range(count) if g != f]
+        loss = np.zeros(len(PENALTIES))
+        for g in others if len(others) > 1 else []:
+            z, y = problem(fold == g)
+            rest = np.isin(fold, [e for e in others if e != g])
+            loss += [np.sum((y - z @ beta) ** 2) for beta in fit(rest, PENALTIES)]
+        (beta,) = fit(fold != f, (PENALTIES[int(loss.argmin())],))
+        inside = fold[found.prompt] == f
+        b[inside] = X[inside] @ beta
     return b
 
 

@@ -106,7 +106,7 @@ def test_the_report_has_every_section(run):
     assert rows[0]["part"].value + sum(row["part"].value for row in rows[1:]) == pytest.approx(
         found["unbiased"].value
     )
-    assert set(found["baselines"]) == {"position", "ema", "regression", "group", "critic"}
+    assert set(found["baselines"]) == {"position", "ema", "regression", "least_error", "group", "critic"}
     assert found["baselines"]["critic"]["first"] == report["derivatives"]["first"]
     assert found["rao_blackwell"]["rao_blackwell"].value == pytest.approx(
         report["entropy"]["per_token"].value

@@ -42,7 +42,7 @@ def test_the_page_shows_every_table(result):
     full = result.report["statistics"]["unbiased"]
     assert statistics.tables(result.report)["unbiased"] in text and full.n == 32
     assert 'id="lags-' in text and 'id="tails-' in text
-    for name in ("position", "ema", "regression", "group"):
+    for name in ("position", "ema", "regression", "least_error", "group"):
         assert f">{name}<" in text
 
 

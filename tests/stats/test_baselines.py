@@ -28,7 +28,7 @@ from entropy_kernels.stats import (
 )
 from entropy_kernels.stats.ratio import first_of
 
-KINDS = ("position", "group", "ema", "regression", "critic")
+KINDS = ("position", "group", "ema", "regression", "critic", "least_error")
 COMBOS = [("token", "per_decision"), ("token", "whole_sequence"), ("sequence", "per_decision")]
 ARRAYS = ("numerator", "d_numerator", "d2_numerator")
 
@@ -40,6 +40,8 @@ def features(rows):
 def fitted(kind, batch, per="token", estimator="per_decision", **more):
     if kind == "critic":
         more["features"] = features(batch.rows)
+    if kind == "least_error":
+        more["tangents"] = batch.at(0.0)[1]
     return baseline(
         kind, batch.at(0.0)[0], batch.mask, batch.prompt_index, per=per, estimator=estimator, **more
     )
@@ -219,6 +221,21 @@ def test_position_and_regression_find_what_there_is_to_find():
     assert np.mean((b - returns) ** 2) < 1e-3 * np.var(returns)
 
 
+def test_least_error_finds_the_coefficient_that_makes_the_error_least():
+    """Noise c S'_k added to every term: all of it is taken away by b = c, whatever the returns are worth."""
+    rng = np.random.default_rng(39)
+    shape = (300, 6)
+    mask = np.arange(6) < rng.integers(1, 7, size=300)[:, None]
+    values = type(at(0.0)[0])(np.ones(shape), rng.normal(size=shape))
+    S1 = rng.normal(size=shape)
+    tangents = type(at(0.0)[1])(5.0 * S1, S1)  # H' = 5 S', and H = h everywhere: ĥ' is nothing but that noise
+    given, kinds = (mask, np.arange(300)), {"per": "token", "estimator": "per_decision"}
+    b = baseline("least_error", values, *given, **kinds, tangents=tangents)
+    np.testing.assert_allclose(b[mask], 5.0, rtol=1e-2)
+    sums = [prompt_sums(values, values, *given, **kinds, tangents=tangents, baseline=x) for x in (b, None)]
+    assert variance_ratio(*sums).value < 1e-4
+
+
 def test_variance_ratio_is_that_of_the_spread():
     """Against the variance over 400 batches: known to 10 % there, and the baseline must matter for the test to mean anything."""
     rows = draw_rows(np.random.default_rng(36), 400, 60, 2)
@@ -249,6 +266,8 @@ def test_inputs_that_do_not_fit_are_refused():
     for kind, more, match in (
         ("nothing", {}, "baseline is 'nothing'"),
         ("critic", {}, "without features"),
+        ("least_error", {}, "without tangents"),
+        ("position", {"tangents": batch.at(0.0)[1]}, "with tangents"),
         ("position", {"features": features(batch.rows)}, "with features"),
         ("group", {}, "single one"),
         ("critic", {"features": np.ones(3)}, "features has shape"),
