@@ -223,7 +223,8 @@ def _tile(
     calls: dict[nn.Module, list[_Call]] = {u.module: [] for owners in uses.values() for u in owners}
 
     def remember(module: nn.Module, args: tuple[Any, ...], named: dict[str, Any], output: Any) -> None:
-        calls[module].append(_Call(args, output, len(args) == 1 and not named))
+        if torch.is_grad_enabled():  # a truncated policy also asks, without gradients, which tokens it keeps
+            calls[module].append(_Call(args, output, len(args) == 1 and not named))
 
     handles = [module.register_forward_hook(remember, with_kwargs=True) for module in calls]
     leaves = _leaves(policy, spans.keys())

@@ -143,6 +143,13 @@ def add_flags(p: argparse.ArgumentParser, only: Container[str] | None = None) ->
     )
     add(
         who,
+        "--fisher",
+        "how responses of the update move each other: their Fisher kernel, its structure and what it predicts",
+        action="store_true",
+    )
+    add(who, "--fisher-sequences", "responses in the kernel, in whole prompts", type=int, metavar="N")
+    add(
+        who,
         "--what-if",
         "drop, clip or re-weight tokens: RULE[:NUMBER,...] or FILE.parquet, several at once; an unknown RULE lists all",
         nargs="+",

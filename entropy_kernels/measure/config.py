@@ -51,6 +51,8 @@ class MeasureConfig:
         attribute: which tokens of the update move the entropy and the expected reward, and what published proxies see of it.
         what_if: rules that drop, clip or re-weight tokens of the update (attribution.RULES), or Parquet files of factors; they need and
             bring the attribution. verify: also measure what they change.
+        fisher: whether to compute the Fisher kernel between responses of U, and its structure; fisher_sequences: of the first prompts, as
+            many as have no more responses than that.
         precision: dtype of weights and arithmetic. device: None for a GPU where there is one.
         micro_batch_tokens: tokens in one micro-batch; less needs less memory. sample_batch: completions sampled at once.
         output: directory for the report. resume: go on with the run that was stopped there.
@@ -89,6 +91,8 @@ class MeasureConfig:
     truth: str = "both"
     second_order: bool = True
     integration_rtol: float = 1e-3
+    fisher: bool = False
+    fisher_sequences: int = 64
     attribute: bool = False
     what_if: tuple[str, ...] = ()
     verify: bool = False
@@ -165,6 +169,10 @@ class MeasureConfig:
                 "dataset: there is nothing to sample from; pass --dataset, or both --rollouts-u and --rollouts-e."
             )
 
+        if self.fisher_sequences < 8:
+            raise UserError(
+                f"fisher_sequences: got {self.fisher_sequences}, expected at least 8: fewer say nothing about a spectrum."
+            )
         if self.attributed and read:
             raise UserError(
                 f"attribute: got update={self.update!r}, which does not say which tokens made it; pass --update adamw (or rmsprop, sgd) "

@@ -32,6 +32,7 @@ from .along import Along, bar
 from .attribute import attribute
 from .config import MeasureConfig
 from .direction import describe_update, get_update, load_state, read_direction, token_weights
+from .fisher_stage import structure
 from .identity import identity
 from .influence import influence_table
 from .samples import batch_of, check_samples, describe, get_rollouts
@@ -97,13 +98,20 @@ def measure_step(config: MeasureConfig, *, directory: str | None = None, progres
             with clock("attribution"):
                 data = Batches(U, batch_u, token_weights(config, U, batch_u), E, batch_e)
                 found = influences(config, policy, update, data, eta_checkpoint, progress, store)
+        sections: dict[str, Any] = {}
+        tables: dict[str, Any] = {}
+        if config.fisher:
+            with clock("fisher"):
+                weights = None if U is None else token_weights(config, U, batch_u)
+                sections["fisher"], tables["fisher"] = structure(
+                    config, policy, update, weights, U, None if U is None else batch_u, E, batch_e, eta_checkpoint, progress, store
+                )  # fmt: skip
         if not config.verify:
             state = OptimizerState(params={}, slots={}, hyper={})
         del update  # moments and parts are several times the model
-        sections: dict[str, Any] = {}
         with clock("entropy"):
             along = Along(config, policy, direction, batch_e, etas, progress, store)
-        tables = {
+        tables |= {
             "rollouts_e": E.to_table(),
             "tokens_e": token_table(batch_e, policy.tokenizer, along.token_columns()),
             "influence": influence_table(along, E),

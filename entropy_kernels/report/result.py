@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 SCHEMA_VERSION = 1
-TABLES = ("rollouts_u", "rollouts_e", "tokens_u", "tokens_e", "sequences_u", "influence")
+TABLES = ("rollouts_u", "rollouts_e", "tokens_u", "tokens_e", "sequences_u", "influence", "fisher")
 # In these sections null is a setting that was left out (None); elsewhere it is an undefined number (NaN).
 SETTINGS = ("config", "environment", "certify", "definitions")
 

@@ -16,9 +16,11 @@ from .kernel import (
     cosines,
     covariance_laws,
     growth,
+    kernel_prediction,
     marchenko_pastur_density,
     shared_prefixes,
     spectrum,
+    sums_by_prompt,
 )
 from .lag import DISCOUNTS, LagProfile, Lags, Truncated, lag_profile, lag_sums, truncated
 from .linear import EtaStar, eta_star, linear_change, quadratic_change
@@ -148,6 +150,7 @@ __all__ = [
     "jackknife",
     "lag_profile",
     "lag_sums",
+    "kernel_prediction",
     "leave_one_out",
     "linear_change",
     "linear_move",
@@ -178,6 +181,7 @@ __all__ = [
     "second_derivative",
     "shared_prefixes",
     "spectrum",
+    "sums_by_prompt",
     "tail_index",
     "token_contributions",
     "token_cotangent_tangents",

@@ -281,7 +281,7 @@ def agreement(
 
 
 def covariance_laws(
-    K: ArrayLike, S: ArrayLike, advantage: ArrayLike, weight: ArrayLike, prompt: ArrayLike
+    K: ArrayLike, S: ArrayLike, advantage: ArrayLike, pull: ArrayLike, prompt: ArrayLike
 ) -> dict[str, FloatArray]:
     r"""Three predictions of what each prompt's part of the update does to the entropy per sequence, [B] each, up to a factor.
 
@@ -296,7 +296,7 @@ def covariance_laws(
         K: [N, N], with the preconditioner that makes the step.
         S: log π of every response [N].
         advantage: A [N].
-        weight: ω [N].
+        pull: ω A [N], the weight of ∇S_i in the step.
         prompt: [N] integers; every prompt needs two responses.
 
     Raises:
@@ -304,7 +304,7 @@ def covariance_laws(
     """
     K = _square(K)
     group, B = _prompts(prompt, len(K))
-    S, A, omega = (np.asarray(x, dtype=np.float64) for x in (S, advantage, weight))
+    S, A, g = (np.asarray(x, dtype=np.float64) for x in (S, advantage, pull))
     size = np.bincount(group).astype(np.float64)
     if size.min() < 2:
         raise UserError(
@@ -325,8 +325,19 @@ def covariance_laws(
     return {
         "natural": -covariance(A),
         "table": -covariance(np.exp(S - S.max()) * A),
-        "kernel": -np.bincount(group, weights=omega * A * moved, minlength=B).astype(np.float64),
+        "kernel": -np.bincount(group, weights=g * moved, minlength=B).astype(np.float64),
     }
+
+
+def sums_by_prompt(x: ArrayLike, prompt: ArrayLike) -> FloatArray:
+    """Σ of each prompt's entries [B], in the order of the prompts' numbers."""
+    _, group = np.unique(np.asarray(prompt), return_inverse=True)
+    return np.bincount(group, weights=np.asarray(x, dtype=np.float64)).astype(np.float64)
+
+
+def kernel_prediction(K: ArrayLike, pull: ArrayLike) -> FloatArray:
+    """Σ_i K(t, t_i) ω_i A_i [N]: what a step that is the update of the responses i does to log π(t), per unit ηκ."""
+    return np.asarray(K, dtype=np.float64) @ np.asarray(pull, dtype=np.float64)
 
 
 def compare_laws(
@@ -342,10 +353,14 @@ def compare_laws(
 
     Returns:
         name -> {"sum": the law's total, "sum_has_the_sign": of Σ share, "same_sign": share of prompts with the sign of their share, "rank":
-        rank correlation over prompts}.
+        rank correlation over prompts}, all over prompts with a share that is not zero; empty where there are fewer than three.
     """
     c = np.asarray(share, dtype=np.float64)
-    B = len(c)
+    taught = c != 0  # a group whose advantages are all zero has no part in the step, and no sign
+    c, B = c[taught], int(taught.sum())
+    if B < 3:
+        return {}
+    laws = {name: np.asarray(law, dtype=np.float64)[taught] for name, law in laws.items()}
     ranks = rank_correlations(laws, c, np.arange(B), draws=draws, seed=seed)
     found: dict[str, dict[str, Any]] = {}
     for name, law in laws.items():

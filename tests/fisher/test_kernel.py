@@ -187,6 +187,28 @@ def test_float32_is_close_to_float64_and_stays_float32():
     assert got.dtype == torch.float32 and off(got.double(), want) < 1e-4
 
 
+def test_truncated_policies():
+    policy = Policy.from_model(families.model("qwen2"), temperature=0.8, micro_batch_tokens=24, top_k=5)
+    batch = tiny.batch()
+    want = brute_force(policy, batch)
+    assert off(brute_force(policy.full(), batch), want) > 0.01
+    got = fisher_kernel(policy, batch, method="layers")
+    assert off(got, want) < 1e-10
+    assert (
+        cost.estimate(
+            policy,
+            survey(policy, batch),
+            cost.side(batch),
+            None,
+            preconditioned=False,
+            method="layers",
+            budget=1e9,
+        ).passes
+        == 1
+    )  # followed layer by layer, not looped
+    assert "held" not in survey(policy, batch).layouts["model.layers.0.mlp.up_proj.weight"].terms
+
+
 def test_few_columns_of_long_rows_go_through_forward_mode():
     policy, batch = make("llama_tied"), tiny.batch()
     one = TokenBatch(*(x[:1] for x in batch))

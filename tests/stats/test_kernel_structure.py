@@ -134,7 +134,7 @@ def test_laws_are_exact_where_they_hold():
     S, A = np.log(pi).ravel(), rng.standard_normal(60)
     A -= np.repeat(A.reshape(15, 4).mean(1), 4)
     omega = np.full(60, 1 / 60)
-    laws = kernel.covariance_laws(np.eye(60), S, A, omega, PROMPT)
+    laws = kernel.covariance_laws(np.eye(60), S, A, omega * A, PROMPT)
     for j in range(15):
         s, a = S.reshape(15, 4)[j], A.reshape(15, 4)[j]
         assert laws["natural"][j] == pytest.approx(-np.mean((s - s.mean()) * (a - a.mean())))
@@ -146,14 +146,14 @@ def test_laws_are_exact_where_they_hold():
         -sum(omega[i] * A[i] * np.mean([centred[t] * K[t, i] for t in range(60) if PROMPT[t] != j]) for i in range(60) if PROMPT[i] == j)
         for j in range(15)
     ]  # fmt: skip
-    assert kernel.covariance_laws(K, S, A, omega, PROMPT)["kernel"] == pytest.approx(want)
+    assert kernel.covariance_laws(K, S, A, omega * A, PROMPT)["kernel"] == pytest.approx(want)
     compared = kernel.compare_laws(laws, laws["natural"])
     assert (
         compared["natural"]["rank"].value == pytest.approx(1) and compared["natural"]["same_sign"].value == 1
     )
     assert compared["natural"]["sum_has_the_sign"] and compared["table"]["rank"].value < 1
     with pytest.raises(UserError, match="one response"):
-        kernel.covariance_laws(K, S, A, omega, np.arange(60))
+        kernel.covariance_laws(K, S, A, omega * A, np.arange(60))
 
 
 def test_shared_prefixes_are_counted():
