@@ -76,16 +76,19 @@ def structure(
     main = of_u or of_e
     prompt = main.batch.prompt_index.numpy()
     P, kappa = _preconditioner(update)
+    responses = [main.rollouts.completion_ids[i] for i in main.rows.tolist()]
+    shared = stats.shared_prefixes(responses)
     kernels: dict[str, np.ndarray] = {}
     section: dict[str, Any] = {
         "batch": main.name,
         "sequences": len(prompt),
         "prompts": len(np.unique(prompt)),
+        "identical_pairs": stats.identical_pairs(shared, [len(x) for x in responses], prompt),
         "kernels": {},
     }
     for name, diagonal in {"plain": None, **({} if P is None else {"preconditioned": P})}.items():
         kernels[name], how = _kernel(policy, main, name, diagonal, progress, store)
-        section["kernels"][name] = {"how": how, **_described(kernels[name], main, _UNITS[name])}
+        section["kernels"][name] = {"how": how, **_described(kernels[name], main, shared, _UNITS[name])}
     moves = {
         chosen.name: _moves(policy, chosen, update, eta, progress, store)
         for chosen in (of_u, of_e)
@@ -180,9 +183,8 @@ def _said(cost: FisherCost) -> dict[str, Any]:
     }
 
 
-def _described(K: np.ndarray, main: Chosen, unit: str) -> dict[str, Any]:
+def _described(K: np.ndarray, main: Chosen, shared: np.ndarray, unit: str) -> dict[str, Any]:
     prompt = main.batch.prompt_index.numpy()
-    responses = [main.rollouts.completion_ids[i] for i in main.rows.tolist()]
     length = main.batch.response_mask.sum(dim=1).numpy()
     blocks = stats.block_distributions(K, prompt, unit=unit)
     return {
@@ -193,7 +195,7 @@ def _described(K: np.ndarray, main: Chosen, unit: str) -> dict[str, Any]:
             key: value.tolist() if isinstance(value, np.ndarray) else value
             for key, value in stats.spectrum(K, prompt)._asdict().items()
         },
-        "growth": stats.growth(K, length, stats.shared_prefixes(responses), prompt),
+        "growth": stats.growth(K, length, shared, prompt),
     }
 
 

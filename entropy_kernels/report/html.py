@@ -12,7 +12,7 @@ import pyarrow as pa
 from markupsafe import Markup
 
 from ..stats import Estimate
-from . import attribution, plots, reading, statistics
+from . import attribution, fisher, plots, reading, statistics
 from .comparison import Comparison
 from .numbers import estimate, in_words, number, percent, typeset
 
@@ -73,6 +73,7 @@ def render(report: Mapping[str, Any], tables: Mapping[str, pa.Table]) -> str:
             ],
             plots=_plots(report, tables),
             statistics=statistics.tables(report),
+            fisher=fisher.tables(report),
             **(attribution.context(report, tables, truth.value) if "attribution" in report else {}),
             prompts=None if prompts is None else _concentration(prompts),
             tokens=None if tokens is None else _concentration(tokens),
@@ -153,7 +154,7 @@ def leaf(item: Any) -> str:
 
 def _plots(report: Mapping[str, Any], tables: Mapping[str, pa.Table]) -> dict[str, Markup]:
     """The pictures as SVG, by name. They hold no text of users, so they go in as they are."""
-    drawn = plots.available(report, tables) | statistics.available(report)
+    drawn = plots.available(report, tables) | statistics.available(report) | fisher.available(report, tables)
     return {name: Markup(plots.svg(draw(), name)) for name, draw in drawn.items()}
 
 

@@ -180,6 +180,12 @@ def marchenko_pastur_density(x: ArrayLike, N: int, d: float) -> FloatArray:
     return np.where(inside, np.sqrt((high - at) * (at - low)) / (2 * np.pi * N / d * at), 0.0)
 
 
+def marchenko_pastur_quantiles(place: ArrayLike, N: int, d: float) -> FloatArray:
+    """Eigenvalue below which the law has the mass `place`, in [0, 1]."""
+    x, mass = _distribution_function(N, d)
+    return np.interp(np.asarray(place, dtype=np.float64), mass, x)
+
+
 def _distribution_function(N: int, d: float) -> tuple[FloatArray, FloatArray]:
     """Points across the law's range and the mass up to each: x = mean + half·sin φ, where the density is smooth in φ."""
     (low, high), _ = marchenko_pastur_range(N, d)
@@ -197,8 +203,7 @@ def _fitted(ascending: FloatArray) -> tuple[float, float]:
     inner = (place > 0.1) & (place < 0.7) & (ascending > 0)
     best = (np.inf, float("nan"), float("nan"))
     for d in N * np.geomspace(1.02, 1e6, 250):
-        x, mass = _distribution_function(N, d)
-        ratio = np.log(ascending[inner] / np.interp(place[inner], mass, x))
+        ratio = np.log(ascending[inner] / marchenko_pastur_quantiles(place[inner], N, d))
         if (spread := float(ratio.var())) < best[0]:
             best = (spread, float(d), float(np.exp(ratio.mean())))
     return best[1], best[2]
@@ -327,6 +332,16 @@ def covariance_laws(
         "table": -covariance(np.exp(S - S.max()) * A),
         "kernel": -np.bincount(group, weights=g * moved, minlength=B).astype(np.float64),
     }
+
+
+def identical_pairs(shared_prefix: ArrayLike, length: ArrayLike, prompt: ArrayLike) -> float:
+    """Share of the pairs of responses to one prompt that are the same tokens twice; NaN without such pairs."""
+    T, group = np.asarray(length), np.asarray(prompt)
+    row, col = np.triu_indices(len(T), 1)
+    pair = group[row] == group[col]
+    row, col = row[pair], col[pair]
+    same = (np.asarray(shared_prefix)[row, col] == T[row]) & (T[row] == T[col])
+    return float(same.mean()) if len(same) else float("nan")
 
 
 def sums_by_prompt(x: ArrayLike, prompt: ArrayLike) -> FloatArray:

@@ -52,6 +52,8 @@ def test_density_has_mass_one_and_the_moments_of_noise():
         assert (x * f).sum() * width == pytest.approx(1, abs=1e-3)
         assert (x**2 * f).sum() * width == pytest.approx(1 + N / d, abs=2e-3)
         assert threshold > high
+        below = kernel.marchenko_pastur_quantiles(0.3, N, d)
+        assert f[x <= below].sum() * width == pytest.approx(0.3, abs=1e-3)
 
 
 def test_blocks_have_the_quantiles_of_their_entries():
@@ -159,6 +161,9 @@ def test_laws_are_exact_where_they_hold():
 def test_shared_prefixes_are_counted():
     found = kernel.shared_prefixes([(1, 2, 3), (1, 2, 4), (1, 2), (5,)])
     assert found.tolist() == [[3, 2, 2, 0], [2, 3, 2, 0], [2, 2, 2, 0], [0, 0, 0, 1]]
+    twice = kernel.shared_prefixes([(1, 2), (1, 2), (1, 2, 3), (1, 2)])
+    assert kernel.identical_pairs(twice, [2, 2, 3, 2], [0, 0, 0, 1]) == pytest.approx(1 / 3)
+    assert np.isnan(kernel.identical_pairs(twice, [2, 2, 3, 2], [0, 1, 2, 3]))
 
 
 def test_input_that_does_not_fit_is_refused():
