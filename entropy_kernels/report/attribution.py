@@ -15,6 +15,7 @@ import pyarrow as pa
 
 from .numbers import estimate, in_words, number, percent, typeset
 
+PROMPT_CHARACTERS = 60
 SEQUENCES = 40  # coloured on the page, those of largest |marginal|
 MAX_MISSED = 1e-4  # of Σ|parts| in float32
 _MARKS = str.maketrans({"Ġ": " ", "▁": " ", "Ċ": "↵", "\n": "↵", "\t": "⇥", "\r": "␍"})
@@ -55,6 +56,7 @@ class SequenceRow:
 
     values: tuple[float, ...]
     cells: tuple[str, ...]
+    prompt: str  # its end
     pieces: tuple[Piece, ...]
 
 
@@ -100,8 +102,9 @@ def name(key: str) -> str:
 
 def context(report: Mapping[str, Any], tables: Mapping[str, pa.Table], truth: float) -> dict[str, Any]:
     """What attribution.html needs beside the report; `truth` is the measured change."""
-    tokens, sequences = tables.get("tokens_u"), tables.get("sequences_u")
-    rows = [] if tokens is None or sequences is None else sequence_rows(tokens, sequences)
+    tokens, sequences, rollouts = (tables.get(key) for key in ("tokens_u", "sequences_u", "rollouts_u"))
+    known = tokens is not None and sequences is not None and rollouts is not None
+    rows = sequence_rows(tokens, sequences, rollouts) if known else []
     return {
         "who": [typeset(line) for line in sentences(report)],
         "who_unit": in_words(report["attribution"]["entropy"]["sum_rule"]["linear"].unit),
@@ -113,7 +116,7 @@ def context(report: Mapping[str, Any], tables: Mapping[str, pa.Table], truth: fl
     }
 
 
-def sequence_rows(tokens: pa.Table, sequences: pa.Table) -> list[SequenceRow]:
+def sequence_rows(tokens: pa.Table, sequences: pa.Table, rollouts: pa.Table) -> list[SequenceRow]:
     """The completions of largest |marginal|, each token coloured by its marginal relative to the largest of all shown."""
     columns = [key for key in COLUMNS if key in sequences.column_names]
     order = np.argsort(-np.abs(sequences["marginal"].to_numpy()), kind="stable")[:SEQUENCES]
@@ -127,10 +130,12 @@ def sequence_rows(tokens: pa.Table, sequences: pa.Table) -> list[SequenceRow]:
         own = tokens.slice(start[i], start[i + 1] - start[i]).select(
             ["token", "marginal", "share", "logprob", "entropy"]
         )
+        prompt = rollouts["prompt"][i].as_py()
+        prompt = prompt if len(prompt) <= PROMPT_CHARACTERS else "…" + prompt[-PROMPT_CHARACTERS:]
         pieces = tuple(_piece(token, largest) for token in own.to_pylist())
         values = tuple(_float(sequences[key][i].as_py()) for key in columns)
         cells = tuple("–" if math.isnan(x) else typeset(number(x)) for x in values)
-        rows.append(SequenceRow(values=values, cells=cells, pieces=pieces))
+        rows.append(SequenceRow(values=values, cells=cells, prompt=prompt, pieces=pieces))
     return rows
 
 

@@ -31,7 +31,7 @@ from entropy_kernels.measure.steps import load_policy, measure_step
 from entropy_kernels.measure.store import NOWHERE
 from entropy_kernels.measure.what_if import read_factors, truth_of
 from entropy_kernels.policy import TokenBatch
-from entropy_kernels.report import Result
+from entropy_kernels.report import Result, reading
 from entropy_kernels.updates import update_direction
 
 ETA = 2e-5  # the checkpoint's learning rate
@@ -222,6 +222,12 @@ def test_the_page_colours_responses_and_loads_nothing(measured):
     directory, result = measured
     text = result.save(directory).read_text()
     assert "Which tokens of the update move the entropy" in text
+    assert text.count("<tr data-values=") == 40 and 'class="up"' in text and 'class="down"' in text
+    assert (
+        next(check for check in reading.checks(result.report) if check.name == "Shares add up").verdict
+        == "pass"
+    )
+    assert len(result.summary().splitlines()) <= 25
     assert "http" not in re.sub(r'xmlns(:\w+)?="[^"]*"', "", text)
     assert Result.load(directory).report["attribution"]["eta"] == ETA
 
