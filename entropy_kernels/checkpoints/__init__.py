@@ -11,11 +11,13 @@ and ``training_args.bin`` is never opened. Source: docs/theory.md, section 8.
 from __future__ import annotations
 
 from .adapter import adapter_directory, adapter_parameters, base_with_adapter, is_lora
+from .log import LoggedLoss, logged_loss
 from .model import load_model, load_parameters, load_weights
 from .optimizer import decay_parameter_names, load_optimizer_state, optimizer_entries
 from .rates import StepInfo, learning_rate
 
 __all__ = [
+    "LoggedLoss",
     "StepInfo",
     "adapter_directory",
     "adapter_parameters",
@@ -27,5 +29,6 @@ __all__ = [
     "load_optimizer_state",
     "load_parameters",
     "load_weights",
+    "logged_loss",
     "optimizer_entries",
 ]

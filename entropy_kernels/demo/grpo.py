@@ -21,8 +21,9 @@ Needs the extra ``trl``.  Used by ``entropy_kernels.demo.make_demo`` and ``bench
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import pyarrow as pa
@@ -35,8 +36,9 @@ from safetensors.torch import save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
-# What one optimizer step minimises in TRL 1.16 (GRPOTrainer._compute_loss) with one process, one batch per step, one
-# pass over it (r_ik is 1, its gradient is that of log pi), no KL term and no bonus: loss = -sum_ik omega_ik A_i r_ik.
+# What one optimizer step minimises in TRL 1.16 (GRPOTrainer._compute_loss) with one process and one batch per step:
+# loss = -sum_ik omega_ik min(A_i r_ik, A_i clip(r_ik)) + beta sum_ik omega_ik kl_ik - c mean entropy. On the first pass
+# over a batch r_ik is 1, and its gradient that of log pi.
 # N rows in the batch, T_i tokens in row i (end-of-sequence token included).
 TOKEN_WEIGHTS = {
     "grpo": "omega_ik = 1 / (N * T_i): mean over a row's tokens, then mean over rows",
@@ -202,6 +204,7 @@ def train(
     reward: Callable[..., list[float]] = exact_match,
     peft_config: Any = None,
     keep_all: bool = False,
+    loss: Mapping[str, Any] = MappingProxyType({}),
 ) -> RecordingGRPOTrainer:
     """GRPO in float32 on the CPU; keeps checkpoints ``steps - 1`` and ``steps`` and the batch between them.
 
@@ -225,6 +228,9 @@ def train(
         reward: TRL reward function; sees the column ``answer``.
         peft_config: train an adapter of this kind (a ``peft.LoraConfig``) instead of all parameters. An adapter does not say
             where a response ends, so each checkpoint gets the model's ``generation_config.json`` beside it.
+        loss: settings of ``GRPOConfig`` instead of the ones above: ``num_iterations``, ``epsilon``, ``epsilon_high``,
+            ``importance_sampling_level``, ``beta`` (the reference is then loaded from ``model.name_or_path``),
+            ``entropy_coef``.
         keep_all: keep every checkpoint, and the batch of every step k before the last as ``recorded-k/``.
 
     Returns:
@@ -234,18 +240,17 @@ def train(
         raise ValueError(f"steps is {steps}; two consecutive checkpoints need at least 2.")
     # So that whoever samples from the saved checkpoint with its own settings samples from the same policy.
     model.generation_config.update(do_sample=True, temperature=1.0, top_k=0, top_p=1.0)
+    settings: dict[str, Any] = {"num_iterations": 1, "beta": 0.0, **loss}
     config = GRPOConfig(
         output_dir=str(output),
         max_steps=steps,
         per_device_train_batch_size=prompts * group,
         gradient_accumulation_steps=1,
         num_generations=group,
-        num_iterations=1,
         max_completion_length=max_completion_length,
         temperature=1.0,
         top_k=0,
         top_p=1.0,
-        beta=0.0,
         loss_type=loss_type,
         scale_rewards=scale_rewards,
         learning_rate=learning_rate,
@@ -265,6 +270,7 @@ def train(
         report_to="none",
         disable_tqdm=True,
         dataloader_pin_memory=False,
+        **settings,
     )
     trainer = RecordingGRPOTrainer(
         model=model,
@@ -318,11 +324,17 @@ def write_record(trainer: RecordingGRPOTrainer, step: int, directory: Path) -> N
         "to_checkpoint": f"checkpoint-{step}",
         "loss": {
             "loss_type": trainer.loss_type,
-            "formula": "loss = -sum_ik omega_ik A_i r_ik, r_ik = pi(t_ik) / stop_gradient(pi(t_ik)) (ratio 1)",
+            "formula": "loss = -sum_ik omega_ik A_i r_ik, r_ik = pi(t_ik) / stop_gradient(pi(t_ik)) (ratio 1)"
+            if "old_logprobs" not in record
+            else "loss = -sum_ik omega_ik min(A_i r_ik, A_i clip(r_ik)), r_ik = pi(t_ik) / pi_old(t_ik)",
             "token_weight": TOKEN_WEIGHTS[trainer.loss_type],
             "normaliser": normaliser,
             "value": float(trainer.records[step]["loss"]),
             "kl_beta": trainer.beta,
+            "entropy_coef": trainer.entropy_coef,
+            "epsilon_low": trainer.epsilon_low,
+            "epsilon_high": trainer.epsilon_high,
+            "importance_sampling_level": trainer.importance_sampling_level,
             "num_iterations": trainer.num_iterations,
             "gradient_accumulation_steps": args.gradient_accumulation_steps,
         },
@@ -375,11 +387,13 @@ def _mixed_groups(rewards: torch.Tensor, group_index: torch.Tensor) -> int:
 
 def _write_rollouts(trainer: RecordingGRPOTrainer, step: int, path: Path) -> None:
     record, group, eos = trainer.records[step], trainer.group_size, set(trainer.eos_token_ids)
+    generated = max(at for at in trainer.recorded_prompts if at <= step)  # a batch may serve several steps
+    sampler = record.get("old_logprobs", record["logprobs"])  # the policy that drew it
     rows = []
     for i in range(len(record["rewards"])):
         prompt_mask, mask = record["prompt_mask"][i].bool(), record["completion_mask"][i].bool()
         g, s = int(record["group_index"][i]), int(record["sample_index"][i])
-        source = trainer.recorded_prompts[step][g * group + s]
+        source = trainer.recorded_prompts[generated][g * group + s]
         ids = record["completion_ids"][i][mask].tolist()
         rows.append(
             {
@@ -391,7 +405,7 @@ def _write_rollouts(trainer: RecordingGRPOTrainer, step: int, path: Path) -> Non
                 "sample_index": s,
                 "prompt_ids": record["prompt_ids"][i][prompt_mask].tolist(),
                 "completion_ids": ids,
-                "logprobs": record["logprobs"][i][mask].tolist(),
+                "logprobs": sampler[i][mask].tolist(),
                 "reward": float(record["rewards"][i]),
                 "advantage": float(record["advantages"][i]),
             }

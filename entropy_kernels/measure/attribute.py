@@ -75,7 +75,16 @@ def attribute(
         def changed(rule: str, factor: Tensor) -> Parameters:
             kept = store.within(f"direction_{list(f).index(rule)}")
             return get_update(
-                config, policy, state, data.U, data.batch_u, eta, progress, kept, factor=factor
+                config,
+                policy,
+                state,
+                data.U,
+                data.batch_u,
+                eta,
+                progress,
+                kept,
+                weights=data.weights,
+                factor=factor,
             ).direction
 
         for rule, row in verified(f, evaluate, direction, changed, data.E.reward).items():

@@ -124,6 +124,37 @@ def add_flags(p: argparse.ArgumentParser, only: Container[str] | None = None) ->
     add(step, "--advantage", "how rewards become advantages")
     add(step, "--loss", "how tokens are weighted in the loss")
     add(step, "--max-grad-norm", "gradient clipping of the trainer, 0 for none", type=float, metavar="X")
+    add(step, "--ratio", "importance ratio of a stale --rollouts-u, by the log-probs recorded in it")
+    add(
+        step,
+        "--clip-low",
+        "the ratio is clipped below 1 − this (default with --ratio: 0.2)",
+        type=float,
+        metavar="X",
+    )
+    add(step, "--clip-high", "and above 1 + this (default: as --clip-low)", type=float, metavar="X")
+    add(
+        step, "--kl-coef", "β of a KL term; 0: leave it out though the log shows one", type=float, metavar="β"
+    )
+    add(step, "--ref-model", "directory or hub id of the model that the KL term pulls to")
+    add(
+        step,
+        "--kl-correction",
+        "multiply the KL estimate by the importance ratio, as TRL does unless told otherwise (default: on)",
+        action=argparse.BooleanOptionalAction,
+    )
+    add(
+        step,
+        "--entropy-coef",
+        "of an entropy bonus; 0: leave it out though the log shows one",
+        type=float,
+        metavar="X",
+    )
+    add(
+        step,
+        "--loss-law",
+        "with --top-k or --top-p: log-probs in the loss are the policy's, or the full law's as in TRL",
+    )
     add(step, "--learning-rate", "instead of the checkpoint's", type=float, metavar="η")
     add(
         step,

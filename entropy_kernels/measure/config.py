@@ -14,6 +14,8 @@ RULES = ("adamw", "rmsprop", "sgd")
 CHOICES = {
     "advantage": ("grpo", "grpo_nostd", "rloo"),
     "loss": ("grpo", "dapo", "dr_grpo_longest", "dr_grpo_constant"),
+    "loss_law": ("policy", "full"),
+    "ratio": ("none", "token", "sequence"),
     "per": ("token", "sequence"),
     "estimator": ("per_decision", "whole_sequence"),
     "baseline": ("none", "position", "group", "ema", "regression", "critic", "least_error"),
@@ -44,6 +46,12 @@ class MeasureConfig:
         learning_rate: instead of the one stored in the checkpoint.
         update, advantage, loss, max_grad_norm: the step as the trainer takes it; 0 for no clipping. `update` may also be
             next:CHECKPOINT, the step that was taken, or a .safetensors file with the direction.
+        loss_law: for a truncated policy, whose log-probs the loss has: its own ("policy") or those of the full law ("full", as TRL's).
+        ratio: importance ratio of a stale update batch, by the log-probs in `rollouts_u`: "none" for samples of the checkpoint itself,
+            per "token", or per "sequence" (GSPO). clip_low, clip_high: how far below and above 1 it may go (None: 0.2, and clip_low).
+        kl_coef, ref_model: β and the model of a KL term. kl_correction: whether it is multiplied by the ratio, as in TRL.
+        entropy_coef: of an entropy bonus. None, for this and kl_coef: no such term, refused where the checkpoint's log shows one; 0
+            leaves it out all the same.
         per, estimator: which entropy, by which estimator (docs/theory.md, section 5).
         baseline: what is subtracted from the returns of E's tokens, by truth and predictions alike (docs/theory.md, section 5).
         truth: which form of the true change; second_order: whether to compute the quadratic prediction.
@@ -85,6 +93,14 @@ class MeasureConfig:
     advantage: str = "grpo"
     loss: str = "dapo"
     max_grad_norm: float = 1.0
+    loss_law: str = "policy"
+    ratio: str = "none"
+    clip_low: float | None = None
+    clip_high: float | None = None
+    kl_coef: float | None = None
+    ref_model: str | None = None
+    kl_correction: bool = True
+    entropy_coef: float | None = None
     per: Per = "token"
     estimator: EstimatorKind = "per_decision"
     baseline: str = "none"
@@ -145,6 +161,7 @@ class MeasureConfig:
             )
         if self.max_grad_norm < 0:
             raise UserError(f"max_grad_norm: got {self.max_grad_norm}, expected 0 (no clipping) or more.")
+        check_loss(self)
         if self.model is None and self.ckpt is None:
             raise UserError(
                 "ckpt: nothing to measure; pass --ckpt DIRECTORY, or no argument at all for the demo."
@@ -220,6 +237,72 @@ class MeasureConfig:
         """The choices by name, for the report; not those of one attempt to run it."""
         found = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ATTEMPT}
         return {name: list(value) if isinstance(value, tuple) else value for name, value in found.items()}
+
+
+def check_loss(config: MeasureConfig) -> None:
+    """Refuse settings of the loss that contradict each other, or that nothing would come of.
+
+    Raises:
+        UserError: naming the flags.
+    """
+    truncated = config.top_k is not None or config.top_p is not None
+    terms = {
+        "ratio": config.ratio != "none",
+        "clip_low": config.clip_low is not None,
+        "clip_high": config.clip_high is not None,
+        "kl_coef": bool(config.kl_coef),
+        "ref_model": config.ref_model is not None,
+        "kl_correction": not config.kl_correction,
+        "entropy_coef": bool(config.entropy_coef),
+        "loss_law": config.loss_law != "policy",
+    }
+    given = [name for name, is_given in terms.items() if is_given]
+    if given and config.update not in RULES:
+        raise UserError(
+            f"{given[0]}: got {getattr(config, given[0])!r} with update={config.update!r}, which is a step already made and needs no loss; "
+            "leave one of them out."
+        )
+    for name in ("clip_low", "clip_high", "kl_coef", "entropy_coef"):
+        value = getattr(config, name)
+        if value is not None and not 0 <= value < float("inf"):
+            raise UserError(f"{name}: got {value}, expected 0 or more.")
+    if config.ratio == "none" and (terms["clip_low"] or terms["clip_high"]):
+        raise UserError(
+            "clip_low, clip_high: they bound the importance ratio, and ratio is 'none': the update batch counts as drawn from the "
+            "checkpoint itself, where the ratio is 1. Pass --ratio token or --ratio sequence, or leave them out."
+        )
+    if config.ratio != "none" and config.rollouts_u is None:
+        raise UserError(
+            f"ratio: got {config.ratio!r} without rollouts_u: completions that are sampled here come from the checkpoint itself, where the "
+            "ratio is 1. Pass --rollouts-u with the stale batch and its sampler's log-probs, or leave --ratio out."
+        )
+    if terms["kl_coef"] != terms["ref_model"]:
+        raise UserError(
+            f"kl_coef, ref_model: got {config.kl_coef} and {config.ref_model!r}; a KL term needs both its coefficient and the model "
+            "that it pulls to. Pass --kl-coef and --ref-model, or neither."
+        )
+    if terms["kl_correction"] and not terms["kl_coef"]:
+        raise UserError(
+            "kl_correction: got False without kl_coef, where there is nothing to correct; leave it out."
+        )
+    if config.loss_law == "full" and not truncated:
+        raise UserError(
+            "loss_law: got 'full' without top_k or top_p, where there is no other law; leave it out."
+        )
+    if config.loss_law == "full" and config.fisher:
+        raise UserError(
+            "fisher: got loss_law='full', where the gradient of the loss is that of another law than the kernel's; leave one of them out."
+        )
+    if truncated and terms["ratio"]:
+        raise UserError(
+            f"ratio: got {config.ratio!r} with top_k or top_p: the stale batch was drawn from sets that an earlier policy kept, which its "
+            "log-probs do not tell. Measure the step itself with --update next:CHECKPOINT, or leave --top-k and --top-p out."
+        )
+    if truncated and terms["kl_coef"] and config.loss_law != "full":
+        raise UserError(
+            "kl_coef: the reference model keeps other tokens than the policy, so the divergence of the truncated laws may be infinite. "
+            "Pass --loss-law full, as TRL has it, or leave --top-k and --top-p out."
+        )
 
 
 def output_directory(config: MeasureConfig) -> Path:

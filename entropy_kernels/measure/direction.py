@@ -8,10 +8,10 @@ FILE.safetensors      v by parameter name, per unit of learning rate, such as an
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -27,11 +27,11 @@ from ..checkpoints import learning_rate as stored_learning_rate
 from ..derivatives import token_gradient
 from ..errors import UserError
 from ..policy import Parameters, Policy, TokenBatch, check_direction
-from ..rl.advantages import loss_weights
 from ..rl.rollouts import Rollouts
 from ..updates import OptimizerState, UpdateDirection, update_direction
 from .along import bar
 from .config import RULES, MeasureConfig
+from .losses import loss_policy, loss_terms, token_weights
 from .store import NOWHERE, Store
 
 
@@ -134,24 +134,29 @@ def get_update(
     progress: bool,
     store: Store = NOWHERE,
     *,
+    weights: Mapping[str, TokenWeights] | None = None,
     factor: Tensor | None = None,
     marginal: bool = False,
 ) -> UpdateDirection:
     """The gradient of the loss on U and the direction the optimizer makes of it.
 
-    `factor` [N, T] multiplies the token weights of the policy gradient; `marginal` is that of `update_direction`.
+    `weights` are those of `token_weights`, which are made here if they are not given; `factor` [N, T] multiplies those of the policy
+    gradient; `marginal` is that of `update_direction`.
     """
-    parts = token_weights(config, U, batch)
+    if weights is None:
+        weights = token_weights(config, U, batch, loss_terms(config, policy, U, batch, store))
+    parts = dict(weights)
     if factor is not None:
         g, q = parts["policy_gradient"]
         assert g is not None and q is None
         parts["policy_gradient"] = TokenWeights(factor * g)
     weight = total_weights(parts)
+    loss = loss_policy(config, policy)
     with policy.as_trained(), bar(progress, "update gradient", len(U)) as tick:
         gradient = store.in_parts(
             "gradient",
             lambda parts: token_gradient(
-                policy,
+                loss,
                 batch,
                 logprob_weight=weight.logprob,
                 entropy_weight=weight.entropy,
@@ -169,28 +174,6 @@ def get_update(
         max_grad_norm=config.max_grad_norm or None,
         marginal=marginal,
     )
-
-
-def token_weights(config: MeasureConfig, U: Rollouts, batch: TokenBatch) -> dict[str, TokenWeights]:
-    """The parts of the loss by name, each as weights of ∇S and ∇H of every token: "policy_gradient" has −ω A.
-
-    Raises:
-        UserError: there is nothing to learn from U.
-    """
-    assert U.advantage is not None  # get_rollouts saw to it
-    advantage = torch.as_tensor(np.asarray(U.advantage), dtype=torch.float64)
-    if not bool((advantage != 0).any()):
-        raise UserError(
-            "rollouts_u: every advantage is zero (all responses to a prompt were rewarded alike), so there is no update to measure. "
-            "Use more prompts (--prompts-u), larger groups (--group-size), or prompts of medium difficulty."
-        )
-    omega = loss_weights(
-        batch.response_mask,
-        torch.as_tensor(np.asarray(U.group_index)).long(),
-        kind=config.loss,
-        max_new_tokens=config.max_new_tokens,
-    )
-    return {"policy_gradient": TokenWeights(-omega.double() * advantage.unsqueeze(1))}
 
 
 def describe_update(

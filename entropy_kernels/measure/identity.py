@@ -24,6 +24,7 @@ def identity(config: MeasureConfig) -> dict[str, Any]:
         "ckpt": config.ckpt,
         "model": config.model,
         "dataset": config.dataset,
+        "ref_model": config.ref_model,
         "rollouts_u": config.rollouts_u,
         "rollouts_e": config.rollouts_e,
         "update": config.update.removeprefix("next:"),

@@ -141,10 +141,12 @@ def check_samples(
     argument: str,
     path: str | None,
     store: Store = NOWHERE,
+    *,
+    stale: bool = False,
 ) -> None:
     """Refuse completions that this policy cannot have drawn, or from a file whose recorded log-probs are not this policy's.
 
-    Without recorded log-probs, and without truncation, nothing can be said.
+    Without recorded log-probs, and without truncation, nothing can be said. Log-probs of a stale batch are an earlier policy's.
 
     Raises:
         UserError: another temperature or truncation than the file names, a token outside what a truncated policy keeps, or a mean
@@ -152,7 +154,7 @@ def check_samples(
     """
     if path is not None:
         _check_law(policy, rollouts, argument, path)
-    recorded = path is not None and rollouts.logprobs is not None
+    recorded = path is not None and rollouts.logprobs is not None and not stale
     if not recorded and policy.truncation is None:
         return
     values = store.in_parts(
@@ -164,7 +166,8 @@ def check_samples(
         raise UserError(
             f"{argument}: the log-probs in {path} differ from the policy's by {found:.3g} nats per token on average (at most "
             f"{_MISMATCH_ALLOWED} is allowed): they were not sampled from this checkpoint at temperature {policy.temperature:g}, "
-            f"{_limits(policy)}. Sample again, or pass the checkpoint, --temperature, --top-k and --top-p they were sampled with."
+            f"{_limits(policy)}. Sample again, or pass the checkpoint, --temperature, --top-k and --top-p they were sampled with"
+            + ("; for the batch of an earlier policy, --ratio token." if argument == "rollouts_u" else ".")
         )
 
 

@@ -22,6 +22,7 @@ from ..rl.rollouts import Rollouts
 from ..updates import UpdateDirection
 from .along import bar
 from .config import MeasureConfig
+from .losses import loss_policy
 from .statistics import fit_baseline
 from .store import Store
 
@@ -91,13 +92,16 @@ def influences(
     if reward is not None and np.ptp(reward) > 0:
         wanted["reward"] = lambda: attribution.reward_weights(reward, data.batch_e)
     return {
-        name: _influence(policy, update, data, name, weights, eta, progress, store)
+        name: _influence(
+            policy, loss_policy(config, policy), update, data, name, weights, eta, progress, store
+        )
         for name, weights in wanted.items()
     }
 
 
 def _influence(
     policy: Policy,
+    loss: Policy,
     update: UpdateDirection,
     data: Batches,
     name: str,
@@ -118,7 +122,7 @@ def _influence(
             def over_u(y: Parameters, parts: Parts | None) -> dict[str, np.ndarray]:
                 with policy.as_trained():  # shares are parts of the gradient that the trainer took
                     return attribution.token_influence(
-                        policy, data.batch_u, y, data.weights, progress=tick, parts=parts
+                        loss, data.batch_u, y, data.weights, progress=tick, parts=parts
                     )
 
             for half, letter in enumerate("ab"):

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..attribution import TokenWeights
 from ..certify import certify
 from ..checkpoints import StepInfo
 from ..derivatives import token_tangents
@@ -31,10 +32,11 @@ from ..updates import OptimizerState
 from .along import Along, bar
 from .attribute import attribute
 from .config import MeasureConfig
-from .direction import describe_update, get_update, load_state, read_direction, token_weights
+from .direction import describe_update, get_update, load_state, read_direction, replayed
 from .fisher_stage import structure
 from .identity import identity
 from .influence import influence_table
+from .losses import check_logged, describe_loss, loss_terms, token_weights
 from .samples import batch_of, check_samples, describe, get_rollouts
 from .shares import Batches, influences
 from .statistics import two_batch
@@ -59,6 +61,8 @@ def measure_step(config: MeasureConfig, *, directory: str | None = None, progres
         CertificationError: the model's derivatives are wrong, naming the layer.
     """
     resolve_reward(config.reward)  # a wrong name is said before anything is loaded
+    if replayed(config):
+        check_logged(config)
     store = open_store(directory, identity(config), resume=config.resume)
     clock = _Clock(progress)
     progress = progress and sys.stderr.isatty()  # bars need a terminal; lines per stage do not
@@ -75,11 +79,15 @@ def measure_step(config: MeasureConfig, *, directory: str | None = None, progres
             batch_e = batch_of(E)
             check_samples(policy, E, batch_e, "rollouts_e", config.rollouts_e, store)
         with clock("update"):
+            weights: dict[str, TokenWeights] = {}
             if U is None:
                 update = read_direction(config, policy, eta_checkpoint)
             else:
                 batch_u = batch_of(U)
-                check_samples(policy, U, batch_u, "rollouts_u", config.rollouts_u, store)
+                stale = config.ratio != "none"
+                check_samples(policy, U, batch_u, "rollouts_u", config.rollouts_u, store, stale=stale)
+                terms = loss_terms(config, policy, U, batch_u, store)
+                weights = token_weights(config, U, batch_u, terms)
                 update = get_update(
                     config,
                     policy,
@@ -89,22 +97,24 @@ def measure_step(config: MeasureConfig, *, directory: str | None = None, progres
                     eta_checkpoint,
                     progress,
                     store,
+                    weights=weights,
                     marginal=config.attributed,
                 )
             direction, about_update = update.direction, describe_update(config, update, eta_checkpoint, info)
+            if U is not None:
+                about_update["terms"] = describe_loss(config, U, batch_u, terms)
             if directory is not None:
                 write_update(directory, direction)
         if config.attributed and U is not None:
             with clock("attribution"):
-                data = Batches(U, batch_u, token_weights(config, U, batch_u), E, batch_e)
+                data = Batches(U, batch_u, weights, E, batch_e)
                 found = influences(config, policy, update, data, eta_checkpoint, progress, store)
         sections: dict[str, Any] = {}
         tables: dict[str, Any] = {}
         if config.fisher:
             with clock("fisher"):
-                weights = None if U is None else token_weights(config, U, batch_u)
                 sections["fisher"], tables["fisher"] = structure(
-                    config, policy, update, weights, U, None if U is None else batch_u, E, batch_e, eta_checkpoint, progress, store
+                    config, policy, update, weights or None, U, None if U is None else batch_u, E, batch_e, eta_checkpoint, progress, store
                 )  # fmt: skip
         if not config.verify:
             state = OptimizerState(params={}, slots={}, hyper={})
