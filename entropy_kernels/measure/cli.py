@@ -28,16 +28,17 @@ figure means.
 COMMANDS: dict[str, str] = {"compare": "compare_cli", "plan": "plan", "series": "series_cli"}
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
     """A parser whose complaints are paragraphs like all others."""
 
     def error(self, message: str) -> NoReturn:
+        """Raises UserError."""
         raise UserError(f"{message}. {self.prog} --help lists what there is.")
 
 
 def parser() -> argparse.ArgumentParser:
     """Every flag, grouped by what it is about; defaults are those of MeasureConfig."""
-    p = _Parser(
+    p = Parser(
         prog="python -m entropy_kernels.measure",
         description="Measure how one RL step changes a language model's entropy, and what was predicted.",
         epilog=_EPILOG + "".join(f"Sub-command with its own --help: {name}\n" for name in COMMANDS),

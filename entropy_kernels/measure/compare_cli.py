@@ -10,6 +10,7 @@ from pathlib import Path
 from ..errors import UserError
 from ..report import Result
 from ..report.result import from_json
+from .cli import Parser
 from .comparing import compare_results
 
 _EPILOG = """
@@ -22,7 +23,7 @@ rollouts_e.parquet as --rollouts-e to the second).
 
 def parser() -> argparse.ArgumentParser:
     """Two reports, and where to write."""
-    p = argparse.ArgumentParser(
+    p = Parser(
         prog="python -m entropy_kernels.measure compare",
         description="What differs between two reports: settings, and numbers with the error of their difference.",
         epilog=_EPILOG,

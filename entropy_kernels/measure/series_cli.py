@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ..errors import UserError
 from ..report import SeriesResult
-from .cli import add_flags
+from .cli import Parser, add_flags
 from .output import working_in
 from .series_config import SHARED, SeriesConfig
 from .store import close_store, refuse_another
@@ -25,7 +25,7 @@ rollouts_e.parquet are written to --output.
 
 def parser() -> argparse.ArgumentParser:
     """The checkpoints, --min-ess, and the flags of one measurement that are not about the update."""
-    p = argparse.ArgumentParser(
+    p = Parser(
         prog="python -m entropy_kernels.measure series",
         description="Measure and predict how entropy changes from checkpoint to checkpoint of a run.",
         epilog=_EPILOG,

@@ -52,11 +52,7 @@ class SeriesConfig:
                 raise UserError(
                     f"checkpoints: {name} is not a directory; expected checkpoints of one run, such as 'run/checkpoint-*'."
                 )
-        if self.settings.dataset is None:
-            raise UserError(
-                "dataset: a series samples held-out responses again whenever the checkpoints have moved far from the last ones; pass "
-                "--dataset."
-            )
+        _check_dataset(self.settings.dataset)
         for name in ("top_k", "top_p"):
             if getattr(self.settings, name, None) is not None:
                 raise UserError(
@@ -87,6 +83,7 @@ class SeriesConfig:
             UserError: nothing found, or no order to be read from the names; settings that cannot be measured.
         """
         checkpoints = find_checkpoints(paths)
+        _check_dataset(settings.get("dataset"))
         given = {**_DEFAULTS, **settings}
         given["ckpt"], given["update"] = checkpoints[0], f"next:{checkpoints[-1]}"
         return cls(checkpoints=checkpoints, settings=MeasureConfig(**given), min_ess=min_ess)
@@ -95,6 +92,13 @@ class SeriesConfig:
         """The choices by name, for the report."""
         settings: Mapping[str, object] = {k: v for k, v in self.settings.to_json().items() if k in SHARED}
         return {"checkpoints": list(self.checkpoints), "min_ess": self.min_ess, **settings}
+
+
+def _check_dataset(dataset: str | None) -> None:
+    if dataset is None:
+        raise UserError(
+            "dataset: a series samples held-out responses again whenever the checkpoints have moved far from the last ones; pass --dataset."
+        )
 
 
 def find_checkpoints(paths: Sequence[str]) -> tuple[str, ...]:

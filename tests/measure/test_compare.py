@@ -130,6 +130,7 @@ def test_command_line(reports, tmp_path, capsys):
         (["{a}", "{a}", "--output", "c.txt"], "ends in .html or .json"),
         (["{a}/rollouts_e.parquet", "{a}"], "cannot be read as a report"),
         (["{empty}", "{a}"], "does not exist"),
+        (["{a}"], "required: B. python -m entropy_kernels.measure compare --help"),
     ],
 )
 def test_errors_are_one_paragraph(reports, arguments, words, tmp_path, capsys):

@@ -240,7 +240,51 @@ def test_command_line(run, tmp_path, capsys):
     assert "checkpoint-8 to checkpoint-9" in capsys.readouterr().out
 
 
+def test_adapters_are_measured_as_what_they_train(run, tmp_path):
+    """Three states of a LoRA adapter on the demo: only A and B move, and a full checkpoint is not one of the same run."""
+    from peft import LoraConfig, get_peft_model
+
+    base = AutoModelForCausalLM.from_pretrained(demo.checkpoint_dir(), dtype=torch.float32)
+    model = get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj", "up_proj"], task_type="CAUSAL_LM"))
+    generator = torch.Generator().manual_seed(0)
+    for number in (1, 2, 3):
+        for p in model.parameters():
+            if p.requires_grad:
+                p.data.add_(0.02 * torch.randn(p.shape, generator=generator))
+        model.save_pretrained(tmp_path / f"checkpoint-{number}")
+    settings = {**SMALL, "model": str(demo.checkpoint_dir()), "truth": "integrated"}
+    report = measure_series(SeriesConfig.along(f"{tmp_path}/checkpoint-*", **settings), progress=False).report
+    measured = report["parameters"]["numbers"]
+    assert 0 < measured < 0.1 * report["parameters"]["numbers_in_model"]
+    for row in report["intervals"]:
+        assert row["integrated"].value == pytest.approx(row["measured"].value, rel=1e-3, abs=3e-6)
+        assert row["linear"].value != 0 and np.isfinite(row["linear"].stderr)
+    mixed = SeriesConfig.along(str(tmp_path / "checkpoint-1"), str(run / "checkpoint-9"), **settings)
+    with pytest.raises(UserError, match="checkpoints: .*a full model, the checkpoint is not"):
+        measure_series(mixed, progress=False)
+
+
 # --- what is refused -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (
+            ["--update", "sgd"],
+            "unrecognized arguments: --update sgd. python -m entropy_kernels.measure series --help",
+        ),
+        (["--min-ess", "2", "--dataset", "missing.jsonl"], "min_ess: got 2.0, expected a share"),
+        ([], "dataset: a series samples held-out responses again"),
+        (["--dataset", "missing.jsonl"], "missing.jsonl"),
+    ],
+)
+def test_errors_are_one_paragraph(run, flags, words, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["series", f"{run}/checkpoint-8", f"{run}/checkpoint-9", *flags]) == 1
+    printed = capsys.readouterr()
+    assert words in " ".join(printed.err.split()) and "Traceback" not in printed.err and printed.out == ""
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_checkpoints_are_ordered_by_number(tmp_path):
