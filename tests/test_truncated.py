@@ -343,3 +343,53 @@ def test_bounds_refuse_what_no_law_has():
         truncated_entropy_bounds(torch.tensor([-1.0]), 10, logprob_error=-1.0)
     lower, upper = truncated_entropy_bounds(torch.tensor([[-0.5, torch.nan], [-0.5, -2.0]]), 10)
     assert lower.isnan().tolist() == upper.isnan().tolist() == [True, False]
+
+
+def test_autocast_changes_nothing():
+    """Rows are float32 sums whatever autocast says, forward and backward."""
+    z, y, _, _, c = rows()
+    z = z.float()
+
+    def gradient():
+        x = z.clone().requires_grad_()
+        return torch.autograd.grad((ours(x, y, top_k=4) * c.float()).sum(), x)[0]
+
+    y = z.argmax(-1)
+    outside = ours(z, y, top_k=4), gradient()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = ours(z, y, top_k=4), gradient()
+    assert all(torch.equal(a, b) for a, b in zip(inside, outside, strict=True))
+
+
+def test_a_sharded_tensor_is_refused_by_name():
+    from torch import distributed as dist
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor, init_device_mesh
+
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        for placement in (Replicate(), Shard(0), Shard(1)):
+            z = distribute_tensor(torch.zeros(2, 4), init_device_mesh("cpu", (1,)), [placement])
+            for function in (
+                entropy_logprob,
+                lambda z: truncated_entropy(z, top_k=2),
+                lambda z: kept_set(z, top_k=2),
+            ):
+                with pytest.raises(ValueError, match="DTensor"):
+                    function(z)
+    finally:
+        dist.destroy_process_group()
+
+
+def test_use_inside_a_compiled_region_is_refused():
+    compiled = torch.compile(lambda z: truncated_entropy(z, top_k=2).entropy, fullgraph=True, backend="eager")
+    with pytest.raises(Exception, match=r"torch\.compile|compil"):
+        compiled(torch.zeros(2, 4))
+
+
+def test_entropy_and_logprob_are_of_one_truncated_law():
+    """The full law's logprob beside a sampler's truncation is off by log s: a probability ratio of s where it should be 1."""
+    z, _, _, _, _ = rows(width=50)
+    y = z.argmax(-1)
+    t = truncated_entropy(z, y, top_p=0.9)
+    full = entropy_logprob(z, y).logprob
+    assert torch.allclose((full - t.logprob).exp(), t.kept_mass, rtol=1e-12) and (t.kept_mass < 0.999).any()

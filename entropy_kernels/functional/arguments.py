@@ -8,6 +8,19 @@ from torch import Tensor
 from entropy_kernels.ops import reference
 
 
+def check_logits(name: str, logits: Tensor) -> None:
+    """Floating-point [..., V], and all of it on this rank."""
+    if hasattr(logits, "placements"):
+        raise ValueError(
+            f"{name}: logits is a DTensor, whose parts are not exchanged here. Pass its to_local() where whole rows lie on each rank; "
+            "vocab_parallel_entropy_logprob takes the to_local() of rows spread over the ranks; full_tensor() gathers it."
+        )
+    if not logits.is_floating_point() or logits.dim() == 0:
+        raise ValueError(
+            f"{name}: logits must be a floating-point tensor [..., V], got {logits.dtype} of shape {tuple(logits.shape)}."
+        )
+
+
 def flat_temperature(name: str, temperature: float | Tensor, like: Tensor, shape: torch.Size) -> Tensor:
     """τ [R] in the compute dtype of `like`, from a number or a tensor that broadcasts to the rows' `shape`."""
     tau = torch.as_tensor(temperature, device=like.device, dtype=reference.compute_dtype(like.dtype))

@@ -26,7 +26,7 @@ from torch.autograd import Function
 from entropy_kernels.errors import UserError
 from entropy_kernels.ops import cpu, reference
 
-from .arguments import flat_targets, flat_temperature, vocabulary_size
+from .arguments import check_logits, flat_targets, flat_temperature, vocabulary_size
 
 
 class EntropyLogprob(NamedTuple):
@@ -285,14 +285,11 @@ def entropy_logprob(
         EntropyLogprob(entropy, logprob, logsumexp), each [...], in nats; float64 for float64 logits, float32 otherwise.
 
     Raises:
-        ValueError: shapes, dtypes, temperature or targets that do not fit.
+        ValueError: shapes, dtypes, temperature or targets that do not fit, or a sharded (DTensor) argument.
         NotImplementedError: a third derivative; forward mode inside a compiled region, where there are values and a gradient.
     """
     name = "entropy_logprob"
-    if not logits.is_floating_point() or logits.dim() == 0:
-        raise ValueError(
-            f"{name}: logits must be a floating-point tensor [..., V], got {logits.dtype} of shape {tuple(logits.shape)}."
-        )
+    check_logits(name, logits)
     shape, size = logits.shape[:-1], vocabulary_size(name, logits.shape[-1], vocab_size)
     y = flat_targets(name, targets, shape, size, ignore_index, logits.device)
     tau = flat_temperature(name, temperature, logits, shape)

@@ -24,7 +24,14 @@ from torch.autograd import Function, forward_ad
 from entropy_kernels.ops import truncated
 from entropy_kernels.ops.reference import compute_dtype
 
-from .arguments import check_values, flat_targets, flat_temperature, refuse_compiling
+from .arguments import (
+    check_logits,
+    check_values,
+    flat_targets,
+    flat_temperature,
+    refuse_compiling,
+    vocabulary_size,
+)
 from .rows import _over_rows, _Values, row_functions
 
 
@@ -93,12 +100,12 @@ def kept_set(
         bool [..., V]. It does not depend on what else is in the batch.
 
     Raises:
-        ValueError: shapes, dtypes or values that do not fit.
+        ValueError: shapes, dtypes or values that do not fit, or a sharded (DTensor) argument.
         NotImplementedError: use inside a compiled region.
     """
     name = "kept_set"
     refuse_compiling(name)
-    _check_logits(name, logits)
+    check_logits(name, logits)
     tau = flat_temperature(name, temperature, logits, logits.shape[:-1])
     k, p = _truncation(name, logits, top_k, top_p)
     return _KeptSet.apply(logits.reshape(len(k), logits.shape[-1]), tau, k, p).reshape(logits.shape)
@@ -135,13 +142,14 @@ def truncated_entropy(
         tail_entropy is 0 (so that the identity holds) and s is 1; where nothing of it is kept, entropy and logprob are NaN and s is 0.
 
     Raises:
-        ValueError: shapes, dtypes, temperature, targets, top_k or top_p that do not fit, or a set given twice.
+        ValueError: shapes, dtypes, temperature, targets, top_k or top_p that do not fit, a set given twice, or a sharded (DTensor)
+            argument.
         NotImplementedError: a third derivative, or use inside a compiled region.
     """
     name = "truncated_entropy"
     refuse_compiling(name)
-    _check_logits(name, logits)
-    shape, V = logits.shape[:-1], logits.shape[-1]
+    check_logits(name, logits)
+    shape, V = logits.shape[:-1], vocabulary_size(name, logits.shape[-1], None)
     y = flat_targets(name, targets, shape, V, ignore_index, logits.device)
     tau = flat_temperature(name, temperature, logits, shape)
     z = logits.reshape(shape.numel(), V)
@@ -218,13 +226,6 @@ def _pick(z: Tensor, column: Tensor) -> Tensor:
     return z.gather(-1, column).squeeze(-1).to(compute_dtype(z.dtype))
 
 
-def _check_logits(name: str, logits: Tensor) -> None:
-    if not logits.is_floating_point() or logits.dim() == 0 or logits.shape[-1] == 0:
-        raise ValueError(
-            f"{name}: logits must be a floating-point tensor [..., V] with V > 0, got {logits.dtype} of shape {tuple(logits.shape)}."
-        )
-
-
 def _replayed(name: str, logits: Tensor, kept: Tensor, top_k: object, top_p: object) -> Tensor:
     if top_k is not None or top_p is not None:
         raise ValueError(
@@ -241,7 +242,7 @@ def _truncation(
     name: str, logits: Tensor, top_k: int | Tensor | None, top_p: float | Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """k and p of each row, [R]; V and 1 where there is no truncation."""
-    V = logits.shape[-1]
+    V = vocabulary_size(name, logits.shape[-1], None)
     k = _per_row(name, "top_k", V if top_k is None else top_k, torch.int64, logits)
     check_values(name, k < 0, k, "top_k must be positive, or 0 to keep every token; got {}.")
     p = _per_row(name, "top_p", 1.0 if top_p is None else top_p, torch.float64, logits)

@@ -149,3 +149,16 @@ def test_any_stride_every_output_and_no_neighbour(dtype, monkeypatch):
     finally:
         torch.set_num_threads(before)
     assert len(cpu.truncated_values_of_rows(*(x[:0] for x in (z, y, tau, k, p))).entropy) == 0
+
+
+def test_offsets_beyond_two_to_the_31():
+    V = 5000
+    storage = torch.empty(
+        (1 << 31) + V, dtype=torch.bfloat16
+    )  # 4 GB of addresses, of which only the ends are touched
+    rows = storage.as_strided((2, V), (1 << 31, 1))
+    rows.copy_(torch.randn(2, V, generator=torch.Generator().manual_seed(0)) * 3)
+    one = torch.ones(2)
+    assert_truncated(
+        rows, torch.tensor([3, 4]), one, torch.full((2,), 40), one.double() * 0.9, torch.bfloat16
+    )
