@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from ..stats import Estimate
 from .numbers import estimate, in_words, number, percent, typeset
 
 PROMPT_CHARACTERS = 60
@@ -100,7 +101,7 @@ def name(key: str) -> str:
     return NAMES.get(key, key.replace("_", " "))
 
 
-def context(report: Mapping[str, Any], tables: Mapping[str, pa.Table], truth: float) -> dict[str, Any]:
+def context(report: Mapping[str, Any], tables: Mapping[str, pa.Table], truth: Estimate) -> dict[str, Any]:
     """What attribution.html needs beside the report; `truth` is the measured change."""
     tokens, sequences, rollouts = (tables.get(key) for key in ("tokens_u", "sequences_u", "rollouts_u"))
     known = tokens is not None and sequences is not None and rollouts is not None
@@ -139,31 +140,32 @@ def sequence_rows(tokens: pa.Table, sequences: pa.Table, rollouts: pa.Table) -> 
     return rows
 
 
-def verdicts(report: Mapping[str, Any], truth: float) -> list[dict[str, Any]]:
+def verdicts(report: Mapping[str, Any], truth: Estimate) -> list[dict[str, Any]]:
     """For every proxy: whether the sign of its mean is that of this batch's part of δH₁, and of the measured change.
 
-    A sign is only read where the mean is two standard errors from zero.
+    Signs are only compared where both numbers are two standard errors from zero.
     """
-    tokens = report["attribution"]["entropy"]["sum_rule"]["parts"]
-    own = sum(part.value for key, part in tokens.items() if key not in ("momentum", "decay"))
+    parts = report["attribution"]["entropy"]["sum_rule"]["parts"]
+    own = [part for key, part in parts.items() if key not in ("momentum", "decay")]
+    value, stderr = sum(part.value for part in own), sum(part.stderr for part in own)
     rows = []
     for key, mean in report["attribution"]["proxies"]["mean"].items():
-        resolved = abs(mean.value) > 2 * mean.stderr
         rows.append(
             {
                 "name": name(key),
                 "mean": typeset(estimate(mean)),
-                "own": _agreement(mean.value * own, resolved),
-                "truth": _agreement(mean.value * truth, resolved),
+                "own": _agreement((mean.value, mean.stderr), (value, stderr)),
+                "truth": _agreement((mean.value, mean.stderr), (truth.value, truth.stderr)),
             }
         )
     return rows
 
 
-def _agreement(product: float, resolved: bool) -> str:
-    if not resolved or math.isnan(product):
+def _agreement(*numbers: tuple[float, float]) -> str:
+    """Whether two numbers, each with its standard error, have one sign."""
+    if not all(abs(value) > 2 * stderr for value, stderr in numbers):  # NaN is not resolved
         return "not resolved"
-    return "same sign" if product > 0 else "other sign"
+    return "same sign" if math.prod(value for value, _ in numbers) > 0 else "other sign"
 
 
 def _headings(sequences: pa.Table) -> list[str]:

@@ -74,7 +74,7 @@ def render(report: Mapping[str, Any], tables: Mapping[str, pa.Table]) -> str:
             plots=_plots(report, tables),
             statistics=statistics.tables(report),
             fisher=fisher.tables(report),
-            **(attribution.context(report, tables, truth.value) if "attribution" in report else {}),
+            **(attribution.context(report, tables, truth) if "attribution" in report else {}),
             prompts=None if prompts is None else _concentration(prompts),
             tokens=None if tokens is None else _concentration(tokens),
             top_prompts=[]
