@@ -36,6 +36,7 @@ from entropy_kernels.rl.tasks import load_prompts, split_prompts
 from entropy_kernels.stats.lag import weighted_lags
 
 TOKENS = 33
+BLOCK = 32  # responses evaluated at once
 
 
 def evaluate(ckpt: Path, dataset: Path, output: Path, prompts: int, group: int) -> list[Path]:
@@ -72,6 +73,9 @@ def evaluate(ckpt: Path, dataset: Path, output: Path, prompts: int, group: int) 
                 group_size=group,
                 max_new_tokens=TOKENS,
                 seed=config.seed + 1,
+                eos_token_ids=[
+                    policy.tokenizer.eos_token_id
+                ],  # the checkpoint's list has line breaks as well, for its sums
                 batch_size=64,
                 progress=False,
             ).save(rollouts)
@@ -83,21 +87,25 @@ def evaluate(ckpt: Path, dataset: Path, output: Path, prompts: int, group: int) 
             if file.is_file():
                 continue
             rows = torch.as_tensor(np.flatnonzero(np.asarray(E.sample_index) == sample))
-            batch = type(whole)(*(x[rows] for x in whole))
-            start = time.perf_counter()
-            found = token_tangents(policy, batch, direction)
-            seconds["tangents"] = time.perf_counter() - start
-            start = time.perf_counter()
-            hidden = hidden_features(policy, batch, width=None)
-            seconds["values"] = time.perf_counter() - start
-            mask = batch.response_mask.bool()
+            seconds |= {"tangents": 0.0, "values": 0.0}
+            parts: list[dict[str, torch.Tensor]] = []
+            for some in rows.split(BLOCK):  # in turn, so that what else the machine does slows both alike
+                batch = type(whole)(*(x[some] for x in whole))
+                start = time.perf_counter()
+                tangents = token_tangents(policy, batch, direction)._asdict()
+                seconds["tangents"] += time.perf_counter() - start
+                start = time.perf_counter()
+                parts.append({**tangents, "hidden": hidden_features(policy, batch, width=None).half()})
+                seconds["values"] += time.perf_counter() - start
+                print(sample, len(parts) * BLOCK, seconds, flush=True)
+            found = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+            mask = whole.response_mask[rows].bool()
             first = int(mask.any(dim=0).int().argmax())
             np.savez_compressed(
                 file.with_suffix(".part.npz"),
-                **{name: x[:, first:].numpy() for name, x in found._asdict().items()},
+                **{name: x[:, first:].numpy() for name, x in found.items()},
                 mask=mask[:, first:].numpy(),
-                prompt=batch.prompt_index.numpy(),
-                hidden=hidden[:, first:].numpy().astype(np.float16),
+                prompt=whole.prompt_index[rows].numpy(),
                 seconds=np.array([seconds[name] for name in ("sampling", "tangents", "values")]),
             )
             file.with_suffix(".part.npz").rename(file)
@@ -183,6 +191,7 @@ def estimators(samples: Samples) -> list[Row]:
         with_baseline("the prompt's other responses", "group")
     with_baseline("regression on row statistics", "regression")
     with_baseline("the same, weighted with S'²", "regression", weight=score_square)
+    with_baseline("row statistics, least error", "least_error", tangents=tangents)
     hidden = {"features": samples.hidden, "more": group * samples.seconds["values"]}
     with_baseline("critic on hidden states", "critic", **hidden)
     with_baseline("the same, weighted with S'²", "critic", weight=score_square, **hidden)
