@@ -28,6 +28,7 @@ from ..rl.rollouts import Rollouts
 from ..updates import UpdateDirection
 from .along import bar
 from .config import MeasureConfig
+from .statistics import baseline_of_e, one_batch
 from .store import Store
 
 _UNITS = {"plain": "nats² per squared unit of θ", "preconditioned": "nats per unit of η"}
@@ -119,6 +120,21 @@ def structure(
         section["laws"], columns["share"] = _laws(
             config, policy, update, weights, of_u, kernels["preconditioned"], pull, moves["u"]["logprob"], batch_e, eta, progress, store,
         )  # fmt: skip
+        length = of_u.batch.response_mask.sum(dim=1).numpy()
+        in_update = len(np.unique(U.group_index)) if U is not None else 0
+        if section["prompts"] >= 4:  # fewer do not tell ζ₁ and ζ₂
+            section["one_batch"] = one_batch(
+                kernels["preconditioned"],
+                pull,
+                moves["u"]["logprob"],
+                length,
+                prompt,
+                prompts_in_update=in_update,
+                gain=kappa,
+                per=config.per,
+                entropy=float(-moves["u"]["logprob"].sum() / length.sum()),
+                seed=config.seed,
+            )
     return section, _table(main, kernels, columns)
 
 
@@ -259,7 +275,15 @@ def _laws(
 
     def compute() -> dict[str, np.ndarray]:
         with bar(progress, "shares of U", 2 * len(batch_e.input_ids) + len(of_u.rows)) as tick:
-            X = entropy_gradient(policy, batch_e, per=config.per, estimator=config.estimator, progress=tick)
+            b = baseline_of_e(config, policy, batch_e, update.direction, store)
+            X = entropy_gradient(
+                policy,
+                batch_e,
+                per=config.per,
+                estimator=config.estimator,
+                baseline=None if b is None else torch.as_tensor(b),
+                progress=tick,
+            )
             y = attribution.share_direction(update, X)
             own = {
                 name: TokenWeights(*(None if w is None else w[of_u.rows] for w in part))

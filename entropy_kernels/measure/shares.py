@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 from torch import Tensor
 
-from .. import attribution, stats
+from .. import attribution
 from ..attribution import Halves, TokenWeights
 from ..derivatives import Parts, TokenStats, token_stats
 from ..policy import Parameters, Policy, TokenBatch
@@ -23,7 +23,7 @@ from ..updates import UpdateDirection
 from .along import bar
 from .config import MeasureConfig
 from .losses import loss_policy
-from .statistics import fit_baseline
+from .statistics import baseline_of_e
 from .store import Store
 
 
@@ -81,8 +81,7 @@ def influences(
             "values_e", lambda parts: token_stats(policy, data.batch_e, parts=parts)._asdict()
         )
         values = TokenStats(found["entropy"], found["logprob"])
-        here = stats.TokenValues(*(x.double().numpy() for x in values))
-        b = fit_baseline(config, policy, data.batch_e, update.direction, here, None, store)
+        b = baseline_of_e(config, policy, data.batch_e, update.direction, store)
         return attribution.entropy_weights(
             values, data.batch_e, per=config.per, estimator=config.estimator, baseline=b
         )

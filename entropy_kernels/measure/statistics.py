@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from .. import stats
-from ..derivatives import token_tangents
+from ..derivatives import token_stats, token_tangents
 from ..errors import UserError
 from ..policy import Parameters, Policy, TokenBatch
 from .config import MeasureConfig
@@ -77,6 +77,17 @@ def fit_baseline(
         return {"baseline": b}
 
     return store.tensors("baseline", fitted)["baseline"].numpy()
+
+
+def baseline_of_e(
+    config: MeasureConfig, policy: Policy, batch: TokenBatch, direction: Parameters, store: Store
+) -> np.ndarray | None:
+    """As `fit_baseline`, for a stage that runs before the tangents are there."""
+    if config.baseline == "none":
+        return None
+    found = store.in_parts("values_e", lambda parts: token_stats(policy, batch, parts=parts)._asdict())
+    values = stats.TokenValues(found["entropy"].double().numpy(), found["logprob"].double().numpy())
+    return fit_baseline(config, policy, batch, direction, values, None, store)
 
 
 def _tangents(policy: Policy, batch: TokenBatch, direction: Parameters) -> stats.TokenTangents:

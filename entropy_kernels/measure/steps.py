@@ -169,6 +169,8 @@ def measure_step(config: MeasureConfig, *, directory: str | None = None, progres
         **sections,
         "timings": clock.seconds,
     }
+    if "one_batch" in sections.get("fisher", {}):
+        report["statistics"]["one_batch"] = sections["fisher"].pop("one_batch")
     if "attribution" in sections:
         first, shares = report["derivatives"]["first"], found["entropy"].total("shares").total
         groups = batch_u.prompt_index.numpy()

@@ -75,6 +75,25 @@ def test_shares_are_those_of_the_attribution(exact):
     assert {"natural", "table", "kernel"} <= laws.keys()
 
 
+def test_errors_over_either_batch_stand_beside_each_other(exact):
+    found, first = exact.report["statistics"], exact.report["derivatives"]["first"]
+    one, two = found["one_batch"], found["two_batch"]
+    assert "one_batch" not in exact.report["fisher"]
+    assert (
+        one["first"].n == 6
+        and one["first"].unit == first.unit
+        and np.isfinite([one["zeta_1"], one["zeta_2"]]).all()
+    )
+    assert one["bootstrap_stderr"] > 0 and one["first"].stderr > 0
+    assert two["given_update"] == first and two["given_evaluation"].n == 6
+    assert two["both"].stderr == pytest.approx(math.hypot(first.stderr, two["given_evaluation"].stderr))
+    shares, prompt = np.array(exact.tables["sequences_u"]["share"]), np.repeat(np.arange(6), 4)
+    sums = np.bincount(prompt, weights=shares) / 1e-8
+    assert two["given_evaluation"].stderr == pytest.approx(
+        np.sqrt(6 / 5 * np.sum((sums - sums.mean()) ** 2)), rel=1e-9
+    )
+
+
 def test_structure_is_that_of_the_matrix_in_the_table(exact):
     report, table = exact.report["fisher"], exact.tables["fisher"]
     for name in ("plain", "preconditioned"):
