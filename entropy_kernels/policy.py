@@ -30,7 +30,7 @@ from entropy_kernels.truncation import Kept, Truncation, truncation
 
 Parameters = dict[str, Tensor]
 _DTYPES = {"float32": torch.float32, "float64": torch.float64}
-_HEAD_ELEMENTS = 1 << 24  # logits held at once by one chunk of the output layer: 64 MB in float32
+HEAD_ELEMENTS = 1 << 24  # logits held at once by one chunk of the output layer: 64 MB in float32
 
 
 class TokenBatch(NamedTuple):
@@ -99,7 +99,7 @@ class _Rows(nn.Module):
     ) -> tuple[Tensor, ...]:
         hidden = _Hidden(self.model)(micro)
         head = self.model.get_output_embeddings()
-        size = max(1, _HEAD_ELEMENTS // self.model.config.vocab_size)
+        size = max(1, HEAD_ELEMENTS // self.model.config.vocab_size)
         starts = range(0, len(hidden), size)
         chunks = [each(slice(i, i + size), head(hidden[i : i + size])) for i in starts]
         return tuple(torch.cat(column) for column in zip(*chunks, strict=True))

@@ -8,12 +8,15 @@ import textwrap
 from collections.abc import Callable, Container, Sequence
 from dataclasses import fields
 from importlib import import_module
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from ..errors import CertificationError, UserError
 from .config import CHOICES, MeasureConfig, output_directory
 from .output import finished_report, working_in
 from .stopping import Stopped, stoppable
+
+if TYPE_CHECKING:
+    from .forecast import Forecast
 
 _EPILOG = """
 Without any argument the embedded demo is measured. A typical run:
@@ -82,6 +85,7 @@ def add_flags(p: argparse.ArgumentParser, only: Container[str] | None = None) ->
         metavar="WHICH",
     )
     add(what, "--output", "directory for the report (default: entropy_report)")
+    add(what, "--dry-run", "only predict time and memory; nothing is sampled or written", action="store_true")
     add(what, "--resume", "go on with the run that was stopped in --output", action="store_true")
 
     data = p.add_argument_group("prompts and samples")
@@ -211,6 +215,12 @@ def add_flags(p: argparse.ArgumentParser, only: Container[str] | None = None) ->
         type=int,
         metavar="N",
     )
+    add(
+        how,
+        "--memory-budget",
+        "such as 8GB: lowers --micro-batch-tokens and --sample-batch until the predicted peak fits",
+        metavar="SIZE",
+    )
 
 
 def config_from(arguments: Sequence[str]) -> MeasureConfig:
@@ -248,6 +258,9 @@ def guarded(run: Callable[[Sequence[str]], int], arguments: Sequence[str]) -> in
 def measure(arguments: Sequence[str]) -> int:
     """The command without a name: one step."""
     config = config_from(arguments)
+    if config.dry_run:
+        print(predicted(config).text())
+        return 0
     directory = output_directory(config)
     result = finished_report(config, directory)
     if result is None:
@@ -261,3 +274,18 @@ def measure(arguments: Sequence[str]) -> int:
     print(result.summary())
     print(f"\nreport: {directory / 'report.html'}")
     return 0
+
+
+def predicted(config: MeasureConfig) -> Forecast:
+    """The forecast for a configuration: loads the model, times a forward pass."""
+    from transformers.utils import logging
+
+    from .forecast import forecast
+    from .steps import load_policy, load_state
+
+    logging.disable_progress_bar()
+    policy = load_policy(config)
+    state, _ = load_state(config, policy)  # held while memory is measured
+    found = forecast(config, policy)
+    del state
+    return found

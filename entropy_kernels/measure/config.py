@@ -22,7 +22,7 @@ CHOICES = {
     "truth": ("direct", "integrated", "both"),
     "precision": ("float32", "float64"),
 }
-ATTEMPT = ("resume",)  # choices of how to run, which no number depends on
+ATTEMPT = ("resume", "dry_run")  # choices of how to run, which no number depends on
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +63,10 @@ class MeasureConfig:
             many as have no more responses than that.
         precision: dtype of weights and arithmetic. device: None for a GPU where there is one.
         micro_batch_tokens: tokens in one micro-batch; less needs less memory. sample_batch: completions sampled at once.
+        memory_budget: a size such as "8GB" that the process (on a GPU: what torch allocates) stays within; micro_batch_tokens and
+            sample_batch are lowered to it (memory.py).
         output: directory for the report. resume: go on with the run that was stopped there.
+        dry_run: only predict time and memory.
     """
 
     model: str | None = None
@@ -116,8 +119,10 @@ class MeasureConfig:
     device: str | None = None
     micro_batch_tokens: int = 2048
     sample_batch: int = 64
+    memory_budget: str | None = None
     output: str | None = None
     resume: bool = False
+    dry_run: bool = False
 
     def __post_init__(self) -> None:
         """Refuse what cannot be measured before anything is loaded."""

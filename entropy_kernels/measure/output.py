@@ -62,6 +62,8 @@ def finished_report(config: MeasureConfig, directory: Path) -> Result | None:
     if "etas" in wanted:
         wanted["etas"] = sorted(set(config.etas))
     del wanted["output"]
+    if config.memory_budget is not None:  # the report has what was lowered to it
+        del wanted["micro_batch_tokens"], wanted["sample_batch"]
     there = result.report["config"]
     refuse_another(directory, {name: there.get(name) for name in wanted}, wanted)
     close_store(directory)

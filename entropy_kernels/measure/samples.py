@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -36,26 +36,9 @@ def get_rollouts(
     e = None if config.rollouts_e is None else read_rollouts("rollouts_e", config.rollouts_e, policy)
     need_u = wanted and u is None
     if need_u or e is None:
-        assert config.dataset is not None  # the configuration saw to it
-        prompts = load_prompts(
-            config.dataset,
-            tokenizer=policy.tokenizer,
-            prompt_column=config.prompt_column,
-            answer_column=config.answer_column,
-            chat_template=config.chat_template,
-            config=config.dataset_config,
-            split=config.dataset_split,
-        )
-        used = {ids for rollouts in (u, e) if rollouts is not None for ids in rollouts.prompt_ids}
-        prompts = [p for p in prompts if tuple(p.token_ids) not in used]  # U and E share no prompt
+        chosen_u, chosen_e = choose_prompts(config, policy, u, e)
         reward = resolve_reward(config.reward)
-        answers = {prompt.prompt_id: prompt.answer for prompt in prompts}
-        chosen_u, chosen_e = split_prompts(
-            prompts,
-            config.prompts_u if need_u else 0,
-            config.prompts_e if e is None else 0,
-            config.seed,
-        )
+        answers = {prompt.prompt_id: prompt.answer for prompt in (*chosen_u, *chosen_e)}
 
         def sample(name: str, chosen: list[Prompt], group_size: int, seed: int) -> Rollouts:
             file = store.file(f"{name}.parquet")
@@ -94,6 +77,63 @@ def get_rollouts(
             u.save(f"{directory}/rollouts_u.parquet")
         e.save(f"{directory}/rollouts_e.parquet")
     return u, e
+
+
+def choose_prompts(
+    config: MeasureConfig, policy: Policy, u: Rollouts | None, e: Rollouts | None
+) -> tuple[list[Prompt], list[Prompt]]:
+    """Prompts to sample U and E from, none for a batch that is there already or not needed; U and E share none."""
+    assert config.dataset is not None  # the configuration saw to it
+    prompts = load_prompts(
+        config.dataset,
+        tokenizer=policy.tokenizer,
+        prompt_column=config.prompt_column,
+        answer_column=config.answer_column,
+        chat_template=config.chat_template,
+        config=config.dataset_config,
+        split=config.dataset_split,
+    )
+    used = {ids for rollouts in (u, e) if rollouts is not None for ids in rollouts.prompt_ids}
+    prompts = [p for p in prompts if tuple(p.token_ids) not in used]
+    need_u = replayed(config) and u is None
+    return split_prompts(
+        prompts, config.prompts_u if need_u else 0, config.prompts_e if e is None else 0, config.seed
+    )
+
+
+class Lengths(NamedTuple):
+    """Tokens of every sequence of U and of E, the longest response allowed where none is sampled yet; how many have to be sampled."""
+
+    u: list[int]
+    e: list[int]
+    sampled: int
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest sequence."""
+        return max(self.u + self.e)
+
+
+def lengths(config: MeasureConfig, policy: Policy) -> Lengths:
+    """The lengths of the sequences to come, without sampling any.
+
+    Raises:
+        UserError: prompts or rollouts that cannot be read.
+    """
+    u = None if config.rollouts_u is None else read_rollouts("rollouts_u", config.rollouts_u, policy)
+    e = None if config.rollouts_e is None else read_rollouts("rollouts_e", config.rollouts_e, policy)
+    there = [
+        [] if r is None else [len(p) + len(c) for p, c in zip(r.prompt_ids, r.completion_ids, strict=True)]
+        for r in (u, e)
+    ]
+    chosen: tuple[list[Prompt], list[Prompt]] = ([], [])
+    if e is None or (replayed(config) and u is None):
+        chosen = choose_prompts(config, policy, u, e)
+    to_come = [
+        [len(prompt.token_ids) + config.max_new_tokens for prompt in prompts for _ in range(size)]
+        for prompts, size in zip(chosen, (config.group_size, config.group_size_e), strict=True)
+    ]
+    return Lengths(there[0] + to_come[0], there[1] + to_come[1], sum(map(len, to_come)))
 
 
 def read_rollouts(argument: str, path: str, policy: Policy) -> Rollouts:

@@ -37,7 +37,8 @@ from .fisher_stage import structure
 from .identity import identity
 from .influence import influence_table
 from .losses import check_logged, describe_loss, loss_terms, token_weights
-from .samples import batch_of, check_samples, describe, get_rollouts
+from .memory import fitted
+from .samples import batch_of, check_samples, describe, get_rollouts, lengths
 from .shares import Batches, influences
 from .statistics import two_batch
 from .store import close_store, open_store
@@ -72,6 +73,8 @@ def measure_step(config: MeasureConfig, *, directory: str | None = None, progres
             state, info = load_state(config, policy)
             eta_checkpoint, etas = choose_etas(config, info)
             surroundings = environment(policy)
+            if config.memory_budget is not None:
+                config, policy = fitted(config, policy, lengths(config, policy), store)
         with clock("certify"):
             certificate = store.json("certify", lambda: certify(policy).to_json())
         with clock("rollouts"):
