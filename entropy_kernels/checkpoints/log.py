@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from entropy_kernels.errors import UserError
+from .files import read_json
 
 TRAINER_FILE = "trainer_state.json"
 # metric of TRL's GRPOTrainer that only one loss or setting writes → that loss or setting
@@ -46,10 +45,7 @@ def logged_loss(ckpt_dir: str | Path) -> LoggedLoss:
     path = Path(ckpt_dir) / TRAINER_FILE
     if not path.is_file():
         return LoggedLoss()
-    try:
-        history: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8")).get("log_history", [])
-    except ValueError as error:
-        raise UserError(f"{str(path)!r} is not valid JSON: {error}") from error
+    history: list[dict[str, Any]] = read_json(path, dict).get("log_history", [])
 
     def values(name: str) -> list[float]:
         return [float(entry[name]) for entry in history if isinstance(entry.get(name), int | float)]
