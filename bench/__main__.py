@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import argparse
 
-from bench import fisher, gate, linear, rows, rows_gpu, truncated
+from bench import fisher, fisher_size, gate, linear, rows, rows_gpu, truncated
 
 BENCHMARKS = {
     "rows": rows.run,
     "linear": linear.run,
     "truncated": truncated.run,
     "fisher": fisher.run,
+    "fisher_size": fisher_size.run,
     "gate": lambda _: gate.run(),
 }
 
