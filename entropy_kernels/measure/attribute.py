@@ -152,6 +152,12 @@ def section_of(
         assert data.E.reward is not None
         linear["reward"] = reward_change(along, data.E.reward, eta)
     report: dict[str, Any] = {"eta": eta}
+    if "reward" not in found:
+        report["no_reward"] = (
+            "The held-out completions have no rewards, so expected reward is not attributed."
+            if data.E.reward is None
+            else "All held-out completions are rewarded alike, so expected reward cannot be attributed."
+        )
     for name, influence in found.items():
         share, marginal = (_on(mask, influence.total(which)) for which in ("shares", "marginals"))
         unit = linear[name].unit

@@ -39,7 +39,7 @@ def centred_rewards(reward: ArrayLike, prompt_index: ArrayLike) -> FloatArray:
         prompt_index: integers [N], equal for responses to the same prompt.
 
     Raises:
-        UserError: lengths that differ, some prompts with one response and others with several, or fewer than two responses.
+        UserError: lengths that differ, or fewer than two responses.
     """
     r = np.asarray(reward, dtype=np.float64)
     _, group, size = np.unique(np.asarray(prompt_index), return_inverse=True, return_counts=True)
@@ -47,14 +47,9 @@ def centred_rewards(reward: ArrayLike, prompt_index: ArrayLike) -> FloatArray:
         raise UserError(
             f"reward has shape {r.shape}, prompt_index {group.shape}; expected two arrays [N], N ≥ 2."
         )
-    if (size > 1).all():
-        return (r - np.bincount(group, r)[group] / size[group]) * (size / (size - 1))[group]
-    if (size == 1).all():
-        return (r - r.mean()) * (len(r) / (len(r) - 1))
-    raise UserError(
-        f"{int((size == 1).sum())} of {len(size)} prompts have one response and the others several: no one baseline leaves each response "
-        "out. Use the same number of responses for every prompt."
-    )
+    own = size[group]
+    others = np.where(own > 1, np.bincount(group, r)[group], r.sum()) - r
+    return r - others / np.where(own > 1, own - 1, len(r) - 1)
 
 
 def reward_cotangents(reward: ArrayLike, prompt_index: ArrayLike, mask: ArrayLike) -> FloatArray:

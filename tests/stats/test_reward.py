@@ -61,8 +61,7 @@ def test_the_derivative_is_that_of_the_weighted_mean_at_any_point():
     assert first_derivative(sums(0.0)).value == pytest.approx(at_zero, rel=1e-12)
 
 
-def test_mixed_groups_are_refused():
-    with pytest.raises(UserError, match="Use the same number"):
-        centred_rewards([1.0, 0.0, 1.0], [0, 0, 1])
+def test_a_response_is_compared_with_its_group_or_across_prompts():
+    assert centred_rewards([1.0, 0.0, 0.5, 1.0], [0, 0, 0, 3]) == pytest.approx([0.75, -0.75, 0.0, 0.5])
     with pytest.raises(UserError, match="expected two arrays"):
         centred_rewards([1.0], [0])
