@@ -58,7 +58,8 @@ def fisher_kernel(
         preconditioner: name -> P, positive, the parameters' shapes; None for P = 1.
         level: "sequence" for [N, M]; "token" for [N, T, M], ∇S_k of every response token of the rows, 0 outside the response.
         method: see the module's docstring; at token level "jvp" or "reference".
-        memory_budget: bytes beyond the model that "layers" may use; None for half of what the device has free.
+        memory_budget: bytes beyond the model that "layers" may use; None for half of what the device has free. The check on two sequences
+            that comes first needs one gradient of the model, whatever the budget.
         progress: called with a number of sequences; in all `fisher_cost(...).passes`·(N + M) for "layers", M·(N + 1) for "jvp", N + M
             for "reference" (N where the columns are the rows).
 

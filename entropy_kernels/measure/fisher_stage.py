@@ -28,6 +28,7 @@ from ..rl.rollouts import Rollouts
 from ..updates import UpdateDirection
 from .along import bar
 from .config import MeasureConfig
+from .memory import held, parse_bytes
 from .statistics import baseline_of_e, one_batch
 from .store import Store
 
@@ -88,7 +89,7 @@ def structure(
         "kernels": {},
     }
     for name, diagonal in {"plain": None, **({} if P is None else {"preconditioned": P})}.items():
-        kernels[name], how = _kernel(policy, main, name, diagonal, progress, store)
+        kernels[name], how = _kernel(config, policy, main, name, diagonal, progress, store)
         section["kernels"][name] = {"how": how, **_described(kernels[name], main, shared, _UNITS[name])}
     moves = {
         chosen.name: _moves(policy, chosen, update, eta, progress, store)
@@ -109,12 +110,13 @@ def structure(
     }
     columns = {"K_plain": np.diag(kernels["plain"]), **moves[main.name]}
     if of_u is not None and P is not None and weights is not None:
-        pull = _pull(weights, of_u)
+        pull, spread = _pull(weights, of_u)
         columns["by_kernel"] = eta * kappa * stats.kernel_prediction(kernels["preconditioned"], pull)
         columns["K_preconditioned"] = np.diag(kernels["preconditioned"])
         section["log_prob"]["by_kernel"] = {
             "responses_in_kernel": len(pull),
             "responses_in_update": len(batch_u.input_ids) if batch_u is not None else 0,
+            "spread_of_weights": spread,
             **stats.agreement(columns["by_kernel"], columns["gradient_part"], prompt),
         }
         section["laws"], columns["share"] = _laws(
@@ -172,10 +174,20 @@ def _preconditioner(update: UpdateDirection) -> tuple[Parameters | None, float]:
 
 
 def _kernel(
-    policy: Policy, main: Chosen, name: str, P: Parameters | None, progress: bool, store: Store
+    config: MeasureConfig,
+    policy: Policy,
+    main: Chosen,
+    name: str,
+    P: Parameters | None,
+    progress: bool,
+    store: Store,
 ) -> tuple[np.ndarray, dict[str, Any]]:
+    room = None
+    if config.memory_budget is not None:  # of the whole process; what is held already is not there
+        room = max(1, parse_bytes(config.memory_budget) - held(policy.device))
     plan: dict[str, Any] = store.json(
-        f"fisher_{name}_plan", lambda: _said(fisher_cost(policy, main.batch, preconditioner=P))
+        f"fisher_{name}_plan",
+        lambda: _said(fisher_cost(policy, main.batch, preconditioner=P, memory_budget=room)),
     )
 
     def compute() -> dict[str, Tensor]:
@@ -183,7 +195,14 @@ def _kernel(
         total = count * plan["passes"] if plan["method"] == "layers" else count * (count + 1)
         with bar(progress, f"Fisher kernel, {name}", total) as tick:
             return {
-                "K": fisher_kernel(policy, main.batch, preconditioner=P, method=plan["method"], progress=tick)
+                "K": fisher_kernel(
+                    policy,
+                    main.batch,
+                    preconditioner=P,
+                    method=plan["method"],
+                    memory_budget=room,
+                    progress=tick,
+                )
             }
 
     return store.tensors(f"fisher_{name}", compute)["K"].numpy().astype(np.float64), plan
@@ -248,13 +267,19 @@ def _moves(
     return {name: x.numpy() for name, x in store.tensors(f"fisher_moves_{chosen.name}", compute).items()}
 
 
-def _pull(weights: Mapping[str, TokenWeights], of_u: Chosen) -> np.ndarray:
-    """ω A of every response: the mean over its tokens of their weights, which within a response are alike."""
+def _pull(weights: Mapping[str, TokenWeights], of_u: Chosen) -> tuple[np.ndarray, float]:
+    """ω A of every response, the mean over its tokens, and how far a token's is from that, relative to the largest.
+
+    A loss at ratio one weighs all tokens of a response alike; stale samples or a KL term do not, and then sums over responses are not
+    all of the step.
+    """
     g = attribution.total_weights(weights).logprob
     assert g is not None  # there is a loss
     mask = of_u.batch.response_mask
-    own = g[of_u.rows].double() * mask
-    return -(own.sum(dim=1) / mask.sum(dim=1)).numpy()
+    own = -g[of_u.rows].double() * mask
+    mean = own.sum(dim=1) / mask.sum(dim=1)
+    spread = ((own - mean[:, None]).abs() * mask).max() / mean.abs().max()
+    return mean.numpy(), float(spread)
 
 
 def _laws(

@@ -51,6 +51,7 @@ def test_the_kernel_adds_up_to_what_the_step_does_to_log_probs(exact):
     assert section["batch"] == "u" and section["sequences"] == 24 and section["prompts"] == 6
     whole = section["log_prob"]["by_kernel"]
     assert whole["responses_in_kernel"] == whole["responses_in_update"] == 24
+    assert whole["spread_of_weights"] < 1e-12
     assert whole["slope"].value == pytest.approx(1, abs=1e-9) and whole["unexplained"].value < 1e-18
     table = exact.tables["fisher"]
     by_kernel, gradient = (np.array(table[name]) for name in ("by_kernel", "gradient_part"))
