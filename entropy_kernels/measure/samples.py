@@ -154,7 +154,10 @@ def read_rollouts(argument: str, path: str, policy: Policy) -> Rollouts:
 
 
 def _check_apart(config: MeasureConfig, u: Rollouts | None, e: Rollouts) -> None:
-    """Prompts are the independent units: there must be two or more held out, and none of them in the update batch."""
+    """Prompts are the independent units: there must be two or more held out, and none of them in the update batch.
+
+    Naming one file for both is a choice, and the definitions of the report say that it was made.
+    """
     held_out = set(e.prompt_ids)
     if len(held_out) < 2:
         raise UserError(
@@ -162,10 +165,11 @@ def _check_apart(config: MeasureConfig, u: Rollouts | None, e: Rollouts) -> None
             "independent units that errors are taken over. Sample more prompts."
         )
     shared = held_out & set(() if u is None else u.prompt_ids)
-    if shared:
+    if shared and config.rollouts_e != config.rollouts_u:
         raise UserError(
             f"rollouts_e: {len(shared)} of the {len(held_out)} prompts in {config.rollouts_e} are in the update batch "
-            f"({config.rollouts_u or 'sampled'}) too. A step has to be judged on prompts that did not make it: take other prompts."
+            f"({config.rollouts_u or 'sampled'}) too. A step has to be judged on prompts that did not make it: take other prompts, or the "
+            "same file for both if that is wanted."
         )
 
 

@@ -246,6 +246,7 @@ def definitions(config: MeasureConfig) -> dict[str, str]:
         "derivative and at every η. Full entropies, of the law before truncation, are named so and mixed with nothing else"
     )
     unit = "per response token" if config.per == "token" else "per response"
+    same = config.rollouts_e is not None and config.rollouts_e == config.rollouts_u
     return {
         "policy": f"softmax(logits / {config.temperature:g}), {truncated}.",
         "entropy": (
@@ -256,7 +257,8 @@ def definitions(config: MeasureConfig) -> dict[str, str]:
             f"Self-normalised importance sampling, weights {config.estimator.replace('_', ' ')}; samples drawn at the checkpoint; "
             f"errors over prompts.{_BASELINES[config.baseline]}"
         ),
-        "change": "Entropy at θ + ηv minus entropy at the checkpoint θ, on the same samples; v is the optimizer's step per unit η.",
+        "change": "Entropy at θ + ηv minus entropy at the checkpoint θ, on the same samples; v is the optimizer's step per unit η."
+        + (" The samples are the update batch itself, not held-out ones." if same else ""),
     }
 
 
