@@ -259,6 +259,19 @@ def _check_support(policy: Policy, logprob: Tensor, argument: str, path: str | N
         )
 
 
+def compared(rollouts: Rollouts, logprob: Tensor, batch: TokenBatch) -> dict[str, float | str]:
+    """How far the sampler's log-probs are from the policy's, nats per token, and where that is refused; in words where unknown."""
+    if rollouts.logprobs is None:
+        return {"sampler": "its log-probs are not recorded, so nothing shows that it was this policy"}
+    theirs = torch.from_numpy(np.concatenate([np.asarray(x, dtype=np.float64) for x in rollouts.logprobs]))
+    apart = (theirs - logprob[batch.response_mask].double()).abs()
+    return {
+        "sampler_mean_difference": float(apart.mean()),
+        "sampler_largest_difference": float(apart.max()),
+        "sampler_refused_above": _MISMATCH_ALLOWED,
+    }
+
+
 def describe(rollouts: Rollouts) -> dict[str, Any]:
     """Sizes and rewards of a batch of rollouts."""
     groups = np.asarray(rollouts.group_index)

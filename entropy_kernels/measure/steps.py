@@ -38,7 +38,7 @@ from .identity import identity
 from .influence import influence_table
 from .losses import check_logged, describe_loss, loss_terms, token_weights
 from .memory import fitted
-from .samples import batch_of, check_samples, describe, get_rollouts, lengths
+from .samples import batch_of, check_samples, compared, describe, get_rollouts, lengths
 from .shares import Batches, influences
 from .statistics import two_batch
 from .store import close_store, open_store
@@ -157,6 +157,12 @@ def measure_step(config: MeasureConfig, *, directory: str | None = None, progres
                 tables["sequences_u"] = done.sequences
                 sections["attribution"] = done.section
             tables["tokens_u"] = token_table(batch_u, policy.tokenizer, tokens_u)
+    rollouts = {
+        "e": {**describe(E), **compared(E, torch.as_tensor(np.asarray(along.base.values.logprob)), batch_e)}
+    }
+    if U is not None:
+        law = {"sampler": "an earlier policy (ratio)"} if stale else compared(U, tokens_u["logprob"], batch_u)
+        rollouts = {"u": {**describe(U), **law}, **rollouts}
     report = {
         "config": {**config.to_json(), "learning_rate": eta_checkpoint, "etas": list(etas)},
         "environment": surroundings,
@@ -166,7 +172,7 @@ def measure_step(config: MeasureConfig, *, directory: str | None = None, progres
             **count_parameters(policy.model, policy.params),
         },
         "definitions": definitions(config),
-        "rollouts": {**({} if U is None else {"u": describe(U)}), "e": describe(E)},
+        "rollouts": rollouts,
         "update": about_update,
         **along.report(E, eta_checkpoint),
         **sections,

@@ -201,7 +201,8 @@ def checks(report: Mapping[str, Any]) -> list[Check]:
             sanity.get("logprob_mismatch"),
             MAX_LOGPROB_MISMATCH,
             ("{:.2g} nats", "≤ {:g} nats"),
-            "Mean difference between the log-probs recorded while sampling and those computed here.",
+            "Mean difference per token between the log-probs recorded while sampling and those computed here; samples from a file "
+            "are refused from 0.05 on. Not measured where the file has none: then only the two averages above speak for the samples.",
         ),
         _even_weights(change, rollouts.get("e", {}), eta),
         _agreement(change, noise_floor(report), eta),

@@ -18,7 +18,9 @@ def summarize(report: Mapping[str, Any]) -> str:
     """Headline, the state before the step, the sweep over η, and what the checks say."""
     sentences = (reading.headline(report), reading.prediction(report), reading.eta_star(report))
     lines = [*filter(None, sentences), ""]
-    lines += table(_state(report), align="<<<") + _part_measured(report) + _truncation(report)
+    lines += (
+        table(_state(report), align="<<<") + _part_measured(report) + _truncation(report) + _given(report)
+    )
     lines += [""] + _sweep(report) + _attribution(report) + _verdicts(report)
     return "\n".join(line.rstrip() for line in lines)
 
@@ -61,6 +63,24 @@ def _part_measured(report: Mapping[str, Any]) -> list[str]:
     return [
         f"parameters measured: {measured:,} of {whole:,} ({found['selected']}); the others are held constant"
     ]
+
+
+def _given(report: Mapping[str, Any]) -> list[str]:
+    """A line where samples come from files: how far their log-probs are from the policy's."""
+    config, found = report.get("config", {}), report.get("rollouts", {})
+    parts = []
+    for letter in "ue":
+        batch = found.get(letter, {})
+        if config.get(f"rollouts_{letter}") is None or not any(name.startswith("sampler") for name in batch):
+            continue
+        if "sampler_mean_difference" in batch:
+            apart, limit = (
+                number(batch[f"sampler_{name}"], 2) for name in ("mean_difference", "refused_above")
+            )
+            parts.append(f"{letter.upper()} {apart} nats per token off (refused above {limit})")
+        else:
+            parts.append(f"{letter.upper()}: {batch['sampler']}")
+    return [f"log-probs of samples from files: {'; '.join(parts)}"] if parts else []
 
 
 def _truncation(report: Mapping[str, Any]) -> list[str]:

@@ -141,6 +141,28 @@ def test_same_seed_same_figures_and_rollouts_can_be_reused(measured):
     )
 
 
+def test_report_says_how_far_the_samples_of_a_file_are_from_the_policy(measured, tmp_path):
+    directory, _ = measured
+    near = Rollouts.load(directory / "rollouts_e.parquet")
+    replace(near, logprobs=tuple(x - 0.03 for x in near.logprobs)).save(tmp_path / "e.parquet")
+    replace(Rollouts.load(directory / "rollouts_u.parquet"), logprobs=None).save(tmp_path / "u.parquet")
+    config = MeasureConfig.demo(
+        **SMALL, truth="direct", second_order=False, rollouts_u=str(tmp_path / "u.parquet"), rollouts_e=str(tmp_path / "e.parquet")
+    )  # fmt: skip
+    result = measure_step(config, progress=False)
+    e, u = (result.report["rollouts"][x] for x in "eu")
+    assert e["sampler_mean_difference"] == pytest.approx(0.03, abs=1e-3)
+    assert e["sampler_largest_difference"] == pytest.approx(0.03, abs=1e-3)
+    assert e["sampler_refused_above"] == 0.05 and "not recorded" in u["sampler"]
+    line = next(x for x in result.summary().splitlines() if x.startswith("log-probs of samples from files"))
+    assert (
+        "E 0.03 nats per token off (refused above 0.05)" in line
+        and "U: its log-probs are not recorded" in line
+    )
+    page = result.save(tmp_path / "report").read_text()
+    assert "sampler mean difference" in page and "refused from 0.05 on" in page
+
+
 def test_held_out_prompts_are_none_of_the_updates(measured):
     directory, _ = measured
     config = MeasureConfig.demo(
