@@ -3,7 +3,7 @@
     python bench/smollm2/run.py --output smollm2                  # or convert.py and make_checkpoint.py alone
     python bench/smollm2/estimators.py --ckpt smollm2/ckpt --dataset test.jsonl --output estimators
 
-1. `evaluate`: E is sampled from the checkpoint before the last (256 prompts of the file, 2 responses each of up to 33 tokens), the
+1. `evaluate`: E is sampled from the checkpoint before the last (256 prompts of the file, responses of up to 33 tokens), the
    AdamW step is rebuilt from the recorded batch, and one forward-mode pass over E along it gives H, S, H' and S' of every token;
    one forward pass more gives the hidden states for the critic. Done once, a sample of every prompt at a time, and kept.
 2. `table`: all estimators of docs/theory.md, sections 5 and 6, are arithmetic on these arrays. JSON and Markdown.
@@ -39,8 +39,11 @@ TOKENS = 33
 BLOCK = 32  # responses evaluated at once
 
 
-def evaluate(ckpt: Path, dataset: Path, output: Path, prompts: int, group: int) -> list[Path]:
-    """One file of arrays per sample index, [prompts, tokens] each; those that are there are left alone."""
+def evaluate(ckpt: Path, dataset: Path, output: Path, prompts: int, group: int, lines: bool) -> list[Path]:
+    """One file of arrays per sample index, [prompts, tokens] each; those that are there are left alone.
+
+    With `lines` a line break ends a response, as the checkpoint's own generation_config.json says (it was trained on sums).
+    """
     files = [output / f"evaluated_{sample}.npz" for sample in range(group)]
     if all(file.is_file() for file in files):
         return files
@@ -63,7 +66,7 @@ def evaluate(ckpt: Path, dataset: Path, output: Path, prompts: int, group: int) 
         update = get_update(config, policy, state, U, batch_of(U), info.stored_lr, progress=False)
         direction = update.direction
         del update, state
-        start = time.perf_counter()
+        start = time.process_time()
         rollouts = output / f"rollouts_{group}.parquet"  # the first responses are the same in each
         if not rollouts.is_file():
             sample_rollouts(
@@ -73,14 +76,12 @@ def evaluate(ckpt: Path, dataset: Path, output: Path, prompts: int, group: int) 
                 group_size=group,
                 max_new_tokens=TOKENS,
                 seed=config.seed + 1,
-                eos_token_ids=[
-                    policy.tokenizer.eos_token_id
-                ],  # the checkpoint's list has line breaks as well, for its sums
+                eos_token_ids=None if lines else [policy.tokenizer.eos_token_id],
                 batch_size=64,
                 progress=False,
             ).save(rollouts)
         E = Rollouts.load(rollouts)
-        seconds["sampling"] = (time.perf_counter() - start) / group
+        seconds["sampling"] = (time.process_time() - start) / group
         print("sampled", seconds, flush=True)
         whole = batch_of(E)
         for sample, file in enumerate(files):
@@ -89,14 +90,14 @@ def evaluate(ckpt: Path, dataset: Path, output: Path, prompts: int, group: int) 
             rows = torch.as_tensor(np.flatnonzero(np.asarray(E.sample_index) == sample))
             seconds |= {"tangents": 0.0, "values": 0.0}
             parts: list[dict[str, torch.Tensor]] = []
-            for some in rows.split(BLOCK):  # in turn, so that what else the machine does slows both alike
+            for some in rows.split(BLOCK):  # CPU time, which other work on the machine hardly touches
                 batch = type(whole)(*(x[some] for x in whole))
-                start = time.perf_counter()
+                start = time.process_time()
                 tangents = token_tangents(policy, batch, direction)._asdict()
-                seconds["tangents"] += time.perf_counter() - start
-                start = time.perf_counter()
+                seconds["tangents"] += time.process_time() - start
+                start = time.process_time()
                 parts.append({**tangents, "hidden": hidden_features(policy, batch, width=None).half()})
-                seconds["values"] += time.perf_counter() - start
+                seconds["values"] += time.process_time() - start
                 print(sample, len(parts) * BLOCK, seconds, flush=True)
             found = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
             mask = whole.response_mask[rows].bool()
@@ -121,7 +122,7 @@ class Samples(NamedTuple):
     mask: np.ndarray
     prompt: np.ndarray
     hidden: np.ndarray
-    seconds: dict[str, float]  # of one response per prompt
+    seconds: dict[str, float]  # of CPU, for one response per prompt
 
 
 def read(files: list[Path]) -> Samples:
@@ -153,7 +154,7 @@ class Row(NamedTuple):
     value: float
     influence: np.ndarray
     biased: bool
-    seconds: float  # for all responses
+    seconds: float  # of CPU, for all responses
 
 
 def estimators(samples: Samples) -> list[Row]:
@@ -180,9 +181,9 @@ def estimators(samples: Samples) -> list[Row]:
         rows.append(Row(f"to-go discounted {gamma:g}", *weighted_lags(lags, gamma**d), True, pass_time))
 
     def with_baseline(name: str, kind: stats.BaselineKind, *, more: float = 0.0, **options: Any) -> None:
-        start = time.perf_counter()
+        start = time.process_time()
         b = stats.baseline(kind, values, mask, prompt, per="token", estimator="per_decision", **options)
-        add(f"baseline: {name}", "per_decision", b, time.perf_counter() - start + more)
+        add(f"baseline: {name}", "per_decision", b, time.process_time() - start + more)
 
     score_square = np.where(mask, np.asarray(tangents.d_logprob) ** 2, 0.0)
     with_baseline("position", "position")
@@ -199,7 +200,7 @@ def estimators(samples: Samples) -> list[Row]:
 
 
 def tabulate(samples: Samples, draws: int = 2000) -> list[dict[str, Any]]:
-    """One line per estimator: value, error, bias, variance relative to the first at equal tokens and at equal time, root mean square."""
+    """One line per estimator: value, error, bias, variance relative to the first at equal tokens and at equal CPU time, rms."""
     rows = estimators(samples)
     first = rows[0]
     B = len(first.influence)
@@ -236,15 +237,18 @@ def tabulate(samples: Samples, draws: int = 2000) -> list[dict[str, Any]]:
 def markdown(report: dict[str, Any]) -> str:
     """The table for people."""
     where, found = report["conditions"], report["entropy"]
+    cost = ", ".join(f"{name} {value:.0f}" for name, value in where["seconds"].items())
     lines = [
         "# Estimators of the entropy's derivative, SmolLM2-135M",
         "",
-        f"{where['prompts']} prompts × {where['group']} responses, {where['tokens']} tokens, {where['dtype']}, {where['device']}, "
+        f"{where['prompts']} prompts × {where['group']} responses, {where['tokens']} tokens (at most {where['longest']} in one; they end "
+        f"{where['responses_end']}), "
+        f"{where['dtype']}, {where['device']}, "
         f"torch {where['torch']}, commit {where['commit']}. h' in nats per token and unit η, along the AdamW step rebuilt from a "
         "checkpoint of TRL; all rows are made of the same tangents. Variances are relative to the first row, with bootstrap intervals of "
-        "95 % over prompts; a bias is the paired difference from the first row. rms: error and bias together, the latter less its noise.",
+        f"95 % over prompts. CPU seconds for one response per prompt: {cost}. A bias is the paired difference from the first row. rms: error and bias together, the latter less its noise.",
         "",
-        "| estimator | h' | variance, equal tokens | variance, equal time | bias | rms |",
+        "| estimator | h' | variance, equal tokens | variance, equal CPU time | bias | rms |",
         "|---|---|---|---|---|---|",
     ]
     for row in report["estimators"]:
@@ -267,7 +271,7 @@ def commit() -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
 
-def summary(samples: Samples) -> dict[str, Any]:
+def summary(samples: Samples, lines: bool) -> dict[str, Any]:
     """Everything that is written down."""
     values, tangents, mask, prompt = samples.values, samples.tangents, samples.mask, samples.prompt
     mix = stats.best_mix(values, mask, prompt, per="token")
@@ -282,6 +286,8 @@ def summary(samples: Samples) -> dict[str, Any]:
             "prompts": B,
             "group": len(prompt) // B,
             "tokens": int(mask.sum()),
+            "longest": int(mask.sum(axis=1).max()),
+            "responses_end": "at a line break or the end of the text" if lines else "at the end of the text",
             "dtype": "float32",
             "device": f"CPU, {torch.get_num_threads()} thread(s), other work on the machine",
             "torch": torch.__version__,
@@ -309,13 +315,14 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--dataset", type=Path, required=True, help="a .jsonl file with a column question")
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--prompts", type=int, default=256)
-    parser.add_argument("--group", type=int, default=2, help="responses per prompt")
+    parser.add_argument("--group", type=int, default=1, help="responses per prompt")
     parser.add_argument(
         "--results", type=Path, help="write NAME.json and NAME.md (default: in --output)", metavar="NAME"
     )
+    parser.add_argument("--lines", action="store_true", help="responses end at a line break, as in training")
     args = parser.parse_args(argv)
-    files = evaluate(args.ckpt, args.dataset, args.output, args.prompts, args.group)
-    report = summary(read(files))
+    files = evaluate(args.ckpt, args.dataset, args.output, args.prompts, args.group, args.lines)
+    report = summary(read(files), args.lines)
     name = args.results or args.output / "estimators"
     name.with_suffix(".json").write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n")
     name.with_suffix(".md").write_text(markdown(report))
