@@ -246,7 +246,8 @@ def markdown(report: dict[str, Any]) -> str:
         f"{where['dtype']}, {where['device']}, "
         f"torch {where['torch']}, commit {where['commit']}. h' in nats per token and unit η, along the AdamW step rebuilt from a "
         "checkpoint of TRL; all rows are made of the same tangents. Variances are relative to the first row, with bootstrap intervals of "
-        f"95 % over prompts. CPU seconds for one response per prompt: {cost}. A bias is the paired difference from the first row. rms: error and bias together, the latter less its noise.",
+        f"95 % over prompts. CPU seconds for one response per prompt: {cost}. "
+        "A bias is the paired difference from the first row; rms: error and bias together, the latter less its noise.",
         "",
         "| estimator | h' | variance, equal tokens | variance, equal CPU time | bias | rms |",
         "|---|---|---|---|---|---|",
