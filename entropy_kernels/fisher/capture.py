@@ -115,13 +115,13 @@ def tiles(
 
 
 def survey(policy: Policy, batch: TokenBatch) -> Survey:
-    """How every measured parameter enters the model, proven on the two longest sequences of the batch.
+    """How every measured parameter enters the model, proven on the two longest sequences of the batch that differ.
 
     Raises:
         UserError: a gradient found layer by layer is not the model's own.
     """
-    lengths = batch.attention_mask.sum(dim=1)
-    small = only(batch, lengths.argsort(stable=True, descending=True)[:2].cpu())
+    small = only(batch, _two(batch))
+    lengths = small.attention_mask.sum(dim=1)
     weights = torch.tensor([1.0, -0.7], dtype=policy.dtype, device=policy.device)[: len(small.input_ids)]
     leaves = _leaves(policy, policy.params.keys())
     spans = {name: (0, matrix_shape(p)[0]) for name, p in policy.params.items()}
@@ -142,7 +142,7 @@ def survey(policy: Policy, batch: TokenBatch) -> Survey:
             _, logprob = policy.rows(leaves, micro)
         places = micro.destination[0].to(policy.device)
         total = total + (logprob * weights[places]).sum()
-    per_token = sum(kept.values()) / float(lengths.sort(descending=True).values[:2].sum())
+    per_token = sum(kept.values()) / float(lengths.sum())
     storages.clear()
     exact = dict(
         zip(leaves, torch.autograd.grad(total, list(leaves.values()), allow_unused=True), strict=True)
@@ -171,6 +171,19 @@ def survey(policy: Policy, batch: TokenBatch) -> Survey:
         rights = tuple(term.right.untyped_storage().data_ptr() for term in samples[0])
         layouts[name] = Layout(C, D, kinds, (False,) * len(kinds) if looped else in_head, rights)
     return Survey(layouts, per_token)
+
+
+def _two(batch: TokenBatch) -> Tensor:
+    """The longest sequence, and the longest whose tokens are not the same: of two that are, one's gradient could pass for the other's."""
+    order = batch.attention_mask.sum(dim=1).argsort(stable=True, descending=True).cpu()
+
+    def tokens(i: Tensor) -> tuple[Any, Any]:
+        mask = batch.attention_mask[i].bool()
+        return batch.input_ids[i][mask].tolist(), batch.response_mask[i][mask].tolist()
+
+    longest = tokens(order[0])
+    second = next((i for i in order[1:] if tokens(i) != longest), None)
+    return order[:1] if second is None else torch.stack([order[0], second])
 
 
 def _kind_of(term: Term, C: int) -> str:

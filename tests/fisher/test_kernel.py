@@ -8,10 +8,10 @@ import tiny
 import torch
 from peft import LoraConfig, get_peft_model
 
-from entropy_kernels import fisher_cost, fisher_kernel
+from entropy_kernels import fisher_cost, fisher_kernel, token_stats
 from entropy_kernels.errors import UserError
 from entropy_kernels.fisher import cost
-from entropy_kernels.fisher.capture import survey
+from entropy_kernels.fisher.capture import _two, survey
 from entropy_kernels.policy import Policy, TokenBatch, micro_batches
 
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -227,6 +227,27 @@ def test_a_parameter_used_where_no_layer_shows_it_is_refused_or_followed():
     with pytest.raises(UserError, match="down_proj.weight by sequence"):
         fisher_kernel(policy, tiny.batch(), method="layers")
     assert fisher_kernel(policy, tiny.batch(), method="reference").shape == (6, 6)
+
+
+def test_the_kernel_averages_to_zero_under_the_policy():
+    """E_t[K(t, t')] = 0, over all responses of two tokens to one prompt: scores have mean zero."""
+    policy = make("qwen3_tied", vocab_size=5)
+    responses = torch.cartesian_prod(torch.arange(5), torch.arange(5))
+    ids = torch.cat([torch.tensor([[3, 1]]).expand(25, 2), responses], dim=1)
+    mask = torch.ones_like(ids, dtype=torch.bool)
+    batch = TokenBatch(ids, mask, mask & (torch.arange(4) > 1), torch.zeros(25, dtype=torch.int64))
+    K = fisher_kernel(policy, batch, preconditioner=positive(policy))
+    probability = token_stats(policy, batch).logprob.sum(1).exp()
+    assert probability.sum().item() == pytest.approx(1, abs=1e-12)
+    assert (probability @ K).abs().max() < 1e-10 * (probability @ K.abs()).max()
+
+
+def test_the_check_is_on_sequences_that_differ():
+    batch = tiny.batch()
+    order = batch.attention_mask.sum(1).argsort(stable=True, descending=True)
+    twice = TokenBatch(*(torch.cat([x[order[:1]], x]) for x in batch))
+    assert _two(twice).tolist() == [0, order[1].item() + 1]
+    assert _two(TokenBatch(*(x[:1] for x in batch))).tolist() == [0]
 
 
 def test_input_that_does_not_fit_is_refused():
