@@ -70,6 +70,7 @@ def forecast(config: MeasureConfig, policy: Policy) -> Forecast:
     passes += COST["tangents"] * (FIRST_NODES - 1) if config.truth != "direct" else 0
     count = len(config.etas) or 8
     passes += COST["values"] * (count + 2) if config.truth != "integrated" else 0
+    passes += COST["values"] if config.baseline == "critic" else 0
     seconds: dict[str, float] = {}
     if expected.sampled:
         seconds["sampling"] = per_step * config.max_new_tokens * -(-expected.sampled // config.sample_batch)
