@@ -164,6 +164,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--gsm8k", type=Path, help="a .jsonl file with columns question and answer")
     parser.add_argument("--small", action="store_true")
     parser.add_argument("--lora", action="store_true")
+    parser.add_argument(
+        "--attribute", action="store_true", help="shares of the update's tokens, and their sum"
+    )
     parser.add_argument("--steps", type=int, default=4)
     args = parser.parse_args(argv)
     if args.lora:
@@ -186,7 +189,8 @@ def main(argv: list[str] | None = None) -> int:
         else ["--prompts-e", 64, "--max-new-tokens", 8]
     )
     etas = ["--etas", *(SMALL_ETAS if args.small else ETAS)]
-    result = measure(args.output / "report_sums", *common, *etas, *sizes, "--dataset", sums)
+    who = ["--attribute"] * args.attribute
+    result = measure(args.output / "report_sums", *common, *etas, *sizes, *who, "--dataset", sums)
     print(result.summary())
     missed, length = direction_against_step(args.output / "report_sums" / "update.safetensors", before, after)
     figures: dict[str, Any] = {
@@ -208,6 +212,9 @@ def main(argv: list[str] | None = None) -> int:
     print(json.dumps(figures, indent=1))
 
     verdicts = {"direction: 1 − cosine < 1e-6": missed < 1e-6}
+    if args.attribute:
+        found = result.report["attribution"]["entropy"]["sum_rule"]
+        verdicts["shares add up to δH₁ within 1e-4 of Σ|parts|"] = found["missed"] <= 1e-4
     for name in ("sums", "gsm8k"):
         if name in figures:
             found = figures[name]
