@@ -19,16 +19,15 @@ struct Scratch {
   std::vector<double> weights, wide;
 };
 
+// A number as an integer of the same order. −0 comes before 0: that parts a tie, but a threshold of either keeps both.
 EK_FN uint32_t key_of(float x) {
   uint32_t b;
-  x += 0.0f;  // −0 and 0 are one logit
   __builtin_memcpy(&b, &x, sizeof b);
   return b & 0x80000000u ? ~b : b | 0x80000000u;
 }
 
 EK_FN uint64_t key_of(double x) {
   uint64_t b;
-  x += 0.0;
   __builtin_memcpy(&b, &x, sizeof b);
   return b >> 63 ? ~b : b | 0x8000000000000000u;
 }

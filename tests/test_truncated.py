@@ -12,7 +12,7 @@ from test_functional import MODES
 from torch.func import grad, jvp, vmap
 
 from entropy_kernels import entropy_logprob, truncated_entropy, truncated_entropy_bounds
-from entropy_kernels.functional import kept_set
+from entropy_kernels.functional import bounds, kept_set
 
 TAU = 0.7
 
@@ -186,7 +186,9 @@ def test_a_target_outside_the_set_has_logprob_minus_infinity_and_no_gradient():
     y[1] = z[1].argmax()
     y[2] = -100
     t = truncated_entropy(z, y, top_k=3)
-    assert t.logprob.isneginf().tolist() == [True, False, False, True, True, True] and t.logprob[2] == 0
+    recorded = truncated_entropy(z.clone().requires_grad_(), y, top_k=3)
+    for logprob in (t.logprob, recorded.logprob):
+        assert logprob.isneginf().tolist() == [True, False, False, True, True, True] and logprob[2] == 0
 
     def finite(z):
         logprob = truncated_entropy(z, y, top_k=3).logprob
@@ -328,6 +330,20 @@ def test_the_upper_bound_is_reached_by_a_flat_tail_and_the_lower_by_a_steep_one(
     assert truncated_entropy_bounds(steep[:2], 4)[0].item() == pytest.approx(
         entropy_logprob(steep).entropy.item(), rel=1e-12
     )
+
+
+def test_a_term_may_be_larger_inside_its_interval_than_at_either_end():
+    for low, high, least, greatest in [
+        (0.1, 0.2, 0.1, 0.2),
+        (0.3, 0.45, 0.45, 1 / math.e),
+        (0.5, 0.9, 0.9, 0.5),
+        (0, 1, 1, 1 / math.e),
+    ]:
+        ends = torch.tensor([low, high], dtype=torch.float64)
+        lower, upper = (x.item() for x in bounds._surprise(*ends))
+        for bound, x in ((lower, least), (upper, greatest)):
+            assert bound == pytest.approx(-x * math.log(x), rel=1e-14, abs=1e-300)
+        assert lower <= -least * math.log(least) and upper >= -greatest * math.log(greatest)
 
 
 def test_bounds_refuse_what_no_law_has():

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from entropy_kernels.ops import truncated
+from entropy_kernels.ops import cpu, truncated
 
 BINARY = [-torch.inf, 0.0, 1.0, 2.0, 3.0, 4.0, 5.0]  # logits whose weights at τ = 1/ln 2 are the exact 2^z
 
@@ -51,13 +51,14 @@ def test_the_kept_set_is_counted_exactly(row, k, p):
     assert set(got.nonzero().flatten().tolist()) == counted(row, k, p)
 
 
-def test_the_token_that_crosses_and_the_ties_are_kept():
+@pytest.mark.parametrize("ops", [truncated, cpu], ids=["plain", "c++"])
+def test_the_token_that_crosses_and_the_ties_are_kept(ops):
     halves = torch.tensor([0.5, 0.25, 0.125, 0.125], dtype=torch.float64).log()
-    for p, count in [(0.4, 1), (0.6, 2), (0.7499, 2), (0.7501, 4), (0.99, 4)]:
-        assert kept_of(halves[None], p=p).sum() == count, p
+    for p, count in [(0.4, 1), (0.5, 1), (0.6, 2), (0.75, 2), (0.7501, 4), (0.99, 4)]:
+        assert kept_of(halves[None], p=p, ops=ops).sum() == count, p
     for k, count in [(1, 1), (2, 2), (3, 4), (4, 4), (9, 4)]:
-        assert kept_of(halves[None], k).sum() == count, k
-    assert kept_of(torch.zeros(1, 6), 2).sum() == 6
+        assert kept_of(halves[None], k, ops=ops).sum() == count, k
+    assert kept_of(torch.zeros(1, 6), 2, ops=ops).sum() == 6
 
 
 def test_top_p_is_taken_of_what_top_k_left():
