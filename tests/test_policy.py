@@ -69,7 +69,7 @@ def test_order_of_sequences_changes_only_rounding():
 def test_output_layer_in_chunks_equals_in_one(monkeypatch):
     batch, v = tiny.batch(), tiny.direction(tiny.policy())
     want = token_curvature(tiny.policy(), batch, v)
-    monkeypatch.setattr("entropy_kernels.policy._HEAD_ELEMENTS", 23 * 2)
+    monkeypatch.setattr("entropy_kernels.policy.HEAD_ELEMENTS", 23 * 2)
     for a, b in zip(token_curvature(tiny.policy(), batch, v), want, strict=True):
         assert (a - b).abs().max() <= 1e-12 * b.abs().max()
 
