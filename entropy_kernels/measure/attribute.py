@@ -193,6 +193,7 @@ def entropy_change(along: Along, eta: float) -> stats.Estimate:
         per=along.config.per,
         estimator=along.config.estimator,
         tangents=along.base.tangents,
+        baseline=along.baseline,
     )
     return stats.linear_change(sums, eta)
 
