@@ -31,7 +31,6 @@ def identity(config: MeasureConfig) -> dict[str, Any]:
         "reward": config.reward.rpartition(":")[0] or None,
         **{rule: rule for rule in config.what_if if rule.endswith(".parquet")},
     }
-    files |= {f"what_if {rule}": rule for rule in config.what_if}
     found = {f"files of {name}": file_identity(path) for name, path in files.items()}
     return {
         **settings,

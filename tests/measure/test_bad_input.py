@@ -314,6 +314,13 @@ def test_a_good_input_is_measured(here, monkeypatch, capsys):
     assert main([*SMALL, *BASE, "--reward", "mine.py:f", "--output", "out"]) == 0
     assert "report.html" in capsys.readouterr().out
     assert not (here / "out" / "stages").exists()
+    before = everything(here / "out")
+    again = [*SMALL, *BASE, "--reward", "mine.py:f", "--output", "out", "--resume"]
+    assert main(again) == 0  # a finished run is shown again
+    assert "nats per token" in capsys.readouterr().out
+    assert main([*again, "--seed", "1"]) == 1
+    assert "seed was 0 and is now 1" in capsys.readouterr().err
+    assert everything(here / "out") == before
 
 
 def test_a_directory_that_cannot_be_written(here, capsys):

@@ -15,6 +15,8 @@ from pathlib import Path
 
 import pytest
 
+from entropy_kernels.measure.stopping import Stopped, stoppable
+
 ROOT = Path(__file__).parents[2]
 SEED = 6  # its first three kills: in a write, after a time, and after a time once more in the same run
 
@@ -36,6 +38,19 @@ def test_a_killed_run_that_is_resumed_ends_in_the_same_report(tmp_path):
     result = json.loads((tmp_path / "kill.json").read_text())
     assert result["kills"] == 3 and result["reports_that_differ"] == 0
     assert {kind for run in result["each"] for kill in run["kills"] for kind in kill} == {"after", "at_write"}
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_the_first_signal_stops_and_the_second_is_left_to_the_system(number, capsys):
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    with pytest.raises(Stopped) as stop, stoppable():
+        try:
+            os.kill(os.getpid(), number)
+            time.sleep(10)
+        finally:
+            assert signal.getsignal(signal.SIGINT) == signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    assert stop.value.code == 128 + number and "once more" in capsys.readouterr().err
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
 
 
 @pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
