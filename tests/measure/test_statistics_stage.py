@@ -11,6 +11,7 @@ from entropy_kernels import stats
 from entropy_kernels.derivatives import entropy_gradient, hvp
 from entropy_kernels.errors import UserError
 from entropy_kernels.measure.along import Along
+from entropy_kernels.measure.attribute import entropy_change
 from entropy_kernels.measure.direction import get_update, load_state, token_weights
 from entropy_kernels.measure.features import hidden_features
 from entropy_kernels.measure.samples import batch_of, get_rollouts
@@ -74,6 +75,7 @@ def test_shares_add_up_with_the_critic(run):
     found, along = run[-2]["entropy"], run[-1]
     total = found.total("shares").total.sum() + sum(sum(x) for x in found.parts.values())
     assert total == pytest.approx(stats.linear_change(along.base_sums, 1e-5).value, rel=1e-9)
+    assert entropy_change(along, 1e-5).value == pytest.approx(total, rel=1e-9)
 
 
 def test_features_come_from_before_the_token(run):
