@@ -20,7 +20,9 @@ allocated there.
 from __future__ import annotations
 
 import math
+import os
 import re
+import resource
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -42,6 +44,7 @@ class Sizes(NamedTuple):
     """What the memory of a run depends on."""
 
     held: int  # bytes once the model and its optimizer state are loaded
+    libraries: int  # bytes of what is loaded later
     number: int  # bytes of a number, b
     parameters: int  # P
     layers: int
@@ -82,6 +85,7 @@ def sizes(policy: Policy, expected: Lengths) -> Sizes:
     width = first("hidden_size", "n_embd")
     return Sizes(
         held=held(policy.device),
+        libraries=0 if policy.device.type == "cuda" else _LIBRARIES,
         number=policy.dtype.itemsize,
         parameters=sum(p.numel() for p in policy.params.values()),
         layers=first("num_hidden_layers", "n_layer"),
@@ -95,14 +99,13 @@ def sizes(policy: Policy, expected: Lengths) -> Sizes:
 
 
 def held(device: torch.device) -> int:
-    """Bytes that the process has on the device now."""
+    """Bytes that the process has on the device now; where Linux does not say, the most it has had."""
     if device.type == "cuda":
         return torch.cuda.memory_allocated(device)
-    return (
-        int(Path("/proc/self/statm").read_text().split()[1]) * 4096
-        if Path("/proc/self/statm").exists()
-        else 0
-    )
+    pages = Path("/proc/self/statm")
+    if pages.exists():
+        return int(pages.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def stages(config: MeasureConfig, s: Sizes, micro_batch_tokens: int, sample_batch: int) -> dict[str, int]:
@@ -124,8 +127,7 @@ def stages(config: MeasureConfig, s: Sizes, micro_batch_tokens: int, sample_batc
         numbers["attribution"] = s.layers * u + V * (T + 2 * R) + 8 * P
     if config.rollouts_e is None or config.rollouts_u is None:
         numbers["sampling"] = sample_batch * (2 * s.layers * s.width * s.longest + 12 * V)
-    libraries = 0 if torch.device(config.device or "cpu").type == "cuda" else _LIBRARIES
-    return {name: int(s.held + libraries + s.number * _SLACK * x) for name, x in numbers.items()}
+    return {name: int(s.held + s.libraries + s.number * _SLACK * x) for name, x in numbers.items()}
 
 
 def fitted(

@@ -65,9 +65,8 @@ def peak(kind, name):
         reset.write("5")  # the high-water mark starts again
     run(batch)
     measured = 1024 * (kilobytes("VmHWM") - held)
-    # on a GPU, so that the libraries of a run on the CPU are not counted
-    config = MeasureConfig.demo(second_order=name != FIRST, device="cuda")
-    s = sizes(policy, Lengths([LENGTH] * COUNT, [LENGTH] * COUNT, 0))._replace(held=0)
+    config = MeasureConfig.demo(second_order=name != FIRST)
+    s = sizes(policy, Lengths([LENGTH] * COUNT, [LENGTH] * COUNT, 0))._replace(held=0, libraries=0)
     return measured, stages(config, s, LENGTH * COUNT, 1)[SECOND if name == FIRST else name]
 
 
