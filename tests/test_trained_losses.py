@@ -1,6 +1,6 @@
 """Losses as TRL trains them: stale batches with clipped ratios, a KL term, an entropy bonus; the step it took is rebuilt.
 
-Every run ends on the second pass over a batch, so that the ratio is not 1 there, and the rate is high enough for it to be clipped.
+Runs with a ratio end on the second pass over a batch, where it is not 1, at a rate high enough for it to be clipped.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ RUNS = {
         dict(num_iterations=2, epsilon=0.005, importance_sampling_level="sequence"),
         dict(ratio="sequence", clip_low=0.005, loss="grpo"),
     ),
+    "truncated": (dict(top_p=0.8), dict(top_p=0.8, loss_law="full")),
 }
 
 
@@ -79,6 +80,9 @@ def test_the_step_that_trl_took_is_rebuilt(runs, kind):
     off, length = missed(config, after)
     assert off < 1e-6
     assert length == pytest.approx(1, abs=1e-4)
+    if kind == "truncated":  # TRL samples from the truncated law and learns with the full one
+        assert missed(replace(config, loss_law="policy"), after)[0] > 1e-5
+        return
     other = "sequence" if kind == "token" else "token"
     wrong = [
         dict(ratio="none", clip_low=None, clip_high=None),

@@ -229,7 +229,7 @@ def train(
         peft_config: train an adapter of this kind (a ``peft.LoraConfig``) instead of all parameters. An adapter does not say
             where a response ends, so each checkpoint gets the model's ``generation_config.json`` beside it.
         loss: settings of ``GRPOConfig`` instead of the ones above: ``num_iterations``, ``epsilon``, ``epsilon_high``,
-            ``importance_sampling_level``, ``beta`` (the reference is then loaded from ``model.name_or_path``),
+            ``importance_sampling_level``, ``top_p``, ``beta`` (the reference is then loaded from ``model.name_or_path``),
             ``entropy_coef``.
         keep_all: keep every checkpoint, and the batch of every step k before the last as ``recorded-k/``.
 
@@ -240,7 +240,7 @@ def train(
         raise ValueError(f"steps is {steps}; two consecutive checkpoints need at least 2.")
     # So that whoever samples from the saved checkpoint with its own settings samples from the same policy.
     model.generation_config.update(do_sample=True, temperature=1.0, top_k=0, top_p=1.0)
-    settings: dict[str, Any] = {"num_iterations": 1, "beta": 0.0, **loss}
+    settings: dict[str, Any] = {"num_iterations": 1, "beta": 0.0, "top_k": 0, "top_p": 1.0, **loss}
     config = GRPOConfig(
         output_dir=str(output),
         max_steps=steps,
@@ -249,8 +249,6 @@ def train(
         num_generations=group,
         max_completion_length=max_completion_length,
         temperature=1.0,
-        top_k=0,
-        top_p=1.0,
         loss_type=loss_type,
         scale_rewards=scale_rewards,
         learning_rate=learning_rate,

@@ -27,7 +27,7 @@ from .store import NOWHERE, Store
 from .truncated import kept_sets
 
 FIRST_NODES, MOST_NODES = 5, 16
-COST = {"values": 1, "tangents": 3, "curvature": 9}  # in forward passes, for the progress bar
+_COST = {"values": 1, "tangents": 3, "curvature": 9}
 
 
 class Moved(NamedTuple):
@@ -56,19 +56,20 @@ class Along:
         self.mask = batch.response_mask.numpy()
         self.prompt = batch.prompt_index.numpy()
         check_baseline(config, self.prompt)
-        passes = COST["curvature" if config.second_order else "tangents"]
+        self.cost = costs(config)
+        passes = self.cost["curvature" if config.second_order else "tangents"]
         if config.truth != "direct":
-            passes += COST["tangents"] * (FIRST_NODES - 1)
+            passes += self.cost["tangents"] * (FIRST_NODES - 1)
         if config.truth != "integrated" or policy.truncation is not None:
-            passes += COST["values"] * (len(etas) + 2)
+            passes += self.cost["values"] * (len(etas) + 2)
         if config.baseline == "critic":
-            passes += COST["values"]
+            passes += self.cost["values"]
         with bar(progress, "entropy along the step", passes * len(self.mask)) as tick:
             self._evaluate(tick)
 
     def _evaluate(self, tick: Callable[[int], Any]) -> None:
         self.curvature: stats.TokenCurvature | None = None
-        weighted = {name: (lambda n, cost=cost: tick(cost * n)) for name, cost in COST.items()}
+        weighted = {name: (lambda n, cost=cost: tick(cost * n)) for name, cost in self.cost.items()}
         if self.config.second_order:
             found = self._kept(
                 "curvature",
@@ -287,6 +288,12 @@ class Along:
             baseline=self.baseline,
         )
         return {name: torch.as_tensor(np.asarray(x)) for name, x in columns.items()}
+
+
+def costs(config: MeasureConfig) -> dict[str, int]:
+    """What an evaluation takes, in forward passes: one more where the sets that a truncated policy keeps are made again."""
+    truncated = config.top_k is not None or config.top_p is not None
+    return {name: cost + truncated for name, cost in _COST.items()}
 
 
 def rounding(policy: Policy, moved: Policy, direction: Parameters, eta: float) -> float:

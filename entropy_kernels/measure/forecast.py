@@ -15,7 +15,7 @@ import torch
 
 from ..derivatives import token_stats
 from ..policy import Policy, TokenBatch
-from .along import COST, FIRST_NODES
+from .along import FIRST_NODES, costs
 from .config import MeasureConfig
 from .memory import fitted, shown, sizes, stages
 from .samples import lengths
@@ -62,15 +62,16 @@ def forecast(config: MeasureConfig, policy: Policy) -> Forecast:
     config, policy = fitted(config, policy, expected, NOWHERE)
     found = sizes(policy, expected)
     per_token, per_step = (
-        _forward_seconds(policy, expected.longest),
+        _forward_seconds(policy.full(), expected.longest),
         _step_seconds(policy, config.sample_batch),
     )
     tokens_u, tokens_e = sum(expected.u), sum(expected.e)
-    passes = COST["curvature" if config.second_order else "tangents"]
-    passes += COST["tangents"] * (FIRST_NODES - 1) if config.truth != "direct" else 0
+    cost, truncated = costs(config), policy.truncation is not None
+    passes = cost["curvature" if config.second_order else "tangents"]
+    passes += cost["tangents"] * (FIRST_NODES - 1) if config.truth != "direct" else 0
     count = len(config.etas) or 8
-    passes += COST["values"] * (count + 2) if config.truth != "integrated" else 0
-    passes += COST["values"] if config.baseline == "critic" else 0
+    passes += cost["values"] * (count + 2) if config.truth != "integrated" or truncated else 0
+    passes += cost["values"] if config.baseline == "critic" else 0
     seconds: dict[str, float] = {}
     if expected.sampled:
         seconds["sampling"] = per_step * config.max_new_tokens * -(-expected.sampled // config.sample_batch)
@@ -78,11 +79,11 @@ def forecast(config: MeasureConfig, policy: Policy) -> Forecast:
         seconds["update gradient"] = _GRADIENT * per_token * tokens_u
     seconds["entropy along the step"] = passes * per_token * tokens_e
     if tokens_u:
-        seconds["tokens of the update"] = COST["tangents"] * per_token * tokens_u
+        seconds["tokens of the update"] = cost["tangents"] * per_token * tokens_u
     if (
         config.attributed
     ):  # gradients of entropy and reward on E; their influence along several directions on U
-        seconds["attribution"] = per_token * (4 * _GRADIENT * tokens_e + 4 * COST["tangents"] * tokens_u)
+        seconds["attribution"] = per_token * (4 * _GRADIENT * tokens_e + 4 * cost["tangents"] * tokens_u)
     facts = {
         "model": f"{sum(p.numel() for p in policy.model.parameters()):,} parameters, {found.parameters:,} measured (known)",
         "update batch U": f"{len(expected.u)} sequences, at most {tokens_u:,} tokens with prompts (known, responses guessed)",

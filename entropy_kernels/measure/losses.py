@@ -7,6 +7,7 @@ The formulas are those of `rl.advantages` and `rl.losses`; here it is decided wh
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..attribution import TokenWeights
-from ..checkpoints import logged_loss
+from ..checkpoints import adapter_directory, logged_loss
 from ..derivatives import token_stats
 from ..errors import UserError
 from ..policy import Policy, TokenBatch
@@ -93,13 +94,20 @@ def loss_terms(
     if not config.kl_coef:
         return LossTerms(own)
     assert config.ref_model is not None  # the configuration saw to it
+    where = Path(config.ref_model)
+    if adapter_directory(config.ref_model) is not None:
+        base = config.model
+    elif where.is_dir() and not any((where / f"tokenizer{end}.json").exists() for end in ("", "_config")):
+        base = config.model or config.ckpt  # a reference needs no tokenizer of its own
+    else:
+        base = None
     reference = Policy.from_pretrained(
         config.ref_model,
         temperature=config.temperature,
         dtype=config.precision,
         device=config.device,
         micro_batch_tokens=config.micro_batch_tokens,
-        base=config.model,
+        base=base,
     )
     sizes = [p.model.config.get_text_config().vocab_size for p in (policy, reference)]
     if sizes[0] != sizes[1]:
