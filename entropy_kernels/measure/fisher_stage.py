@@ -119,7 +119,7 @@ def structure(
             "spread_of_weights": spread,
             **stats.agreement(columns["by_kernel"], columns["gradient_part"], prompt),
         }
-        section["laws"], columns["share"] = _laws(
+        section["laws"], columns["share_per_sequence"] = _laws(
             config, policy, update, weights, of_u, kernels["preconditioned"], pull, moves["u"]["logprob"], batch_e, eta, progress, store,
         )  # fmt: skip
         length = of_u.batch.response_mask.sum(dim=1).numpy()
@@ -296,7 +296,10 @@ def _laws(
     progress: bool,
     store: Store,
 ) -> tuple[dict[str, Any], np.ndarray]:
-    """The laws of `stats.covariance_laws` against the shares of δH₁, and the share of every response."""
+    """The laws of `stats.covariance_laws` against the shares of δH₁ per sequence, and the share of every response.
+
+    The laws are about the entropy of a whole response. Per token the length moves too, and the comparison would be of other things.
+    """
 
     def compute() -> dict[str, np.ndarray]:
         with bar(progress, "shares of U", 2 * len(batch_e.input_ids) + len(of_u.rows)) as tick:
@@ -304,7 +307,7 @@ def _laws(
             X = entropy_gradient(
                 policy,
                 batch_e,
-                per=config.per,
+                per="sequence",
                 estimator=config.estimator,
                 baseline=None if b is None else torch.as_tensor(b),
                 progress=tick,

@@ -39,7 +39,7 @@ class Result:
     Attributes:
         report: the nested dictionary of report.json, its leaves `Estimate`, str, bool, int, float or None;
             undefined numbers are NaN.
-        tables: Arrow tables by name, any of rollouts_u, rollouts_e, tokens_u, tokens_e, sequences_u, influence. `sequence` in the
+        tables: Arrow tables by name, any of rollouts_u, rollouts_e, tokens_u, tokens_e, sequences_u, influence, fisher. `sequence` in the
             token tables counts the rows of the rollouts; `contribution` in tokens_e adds up to h'(0); influence has
             every held-out prompt's pull on every estimate.
 

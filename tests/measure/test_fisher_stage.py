@@ -33,7 +33,15 @@ def stop(*_args, **_options):
 def exact(tmp_path_factory):
     """A step in float64 whose gradient leaves nothing out, η far inside the linear range; stopped after the kernel and resumed."""
     directory = str(tmp_path_factory.mktemp("fisher"))
-    settings = dict(SMALL, precision="float64", etas=(1e-8,), learning_rate=1e-8, attribute=True, loss="grpo")
+    settings = dict(
+        SMALL,
+        precision="float64",
+        etas=(1e-8,),
+        learning_rate=1e-8,
+        attribute=True,
+        loss="grpo",
+        per="sequence",
+    )
     with pytest.MonkeyPatch.context() as patch:
         # the demo's tokenizer pads with a token that occurs in prompts; a trainer's gradient leaves its input embedding out
         patch.setattr(Policy, "as_trained", lambda self: contextlib.nullcontext())
@@ -68,7 +76,7 @@ def test_log_probs_move_as_predicted(exact):
 
 
 def test_shares_are_those_of_the_attribution(exact):
-    shares = np.array(exact.tables["fisher"]["share"])
+    shares = np.array(exact.tables["fisher"]["share_per_sequence"])
     want = np.array(exact.tables["sequences_u"]["share"])
     assert shares == pytest.approx(want, rel=1e-9) and np.abs(want).max() > 0
     laws = exact.report["fisher"]["laws"]
