@@ -80,10 +80,13 @@ def forecast(config: MeasureConfig, policy: Policy) -> Forecast:
     seconds["entropy along the step"] = passes * per_token * tokens_e
     if tokens_u:
         seconds["tokens of the update"] = cost["tangents"] * per_token * tokens_u
-    if (
-        config.attributed
-    ):  # gradients of entropy and reward on E; their influence along several directions on U
-        seconds["attribution"] = per_token * (4 * _GRADIENT * tokens_e + 4 * cost["tangents"] * tokens_u)
+    if config.attributed:  # for entropy and reward a gradient on E and four directions on U; U's entropy before and after the step
+        of_e, of_u = 1 + 2 * _GRADIENT, 8 * cost["tangents"] + 2
+        seconds["attribution"] = per_token * (of_e * tokens_e + of_u * tokens_u)
+    if config.verify:  # one path more than there are rules
+        rules = len(config.what_if)
+        paths = (rules + 1) * cost["tangents"] * FIRST_NODES
+        seconds["what if"] = per_token * (paths * tokens_e + rules * _GRADIENT * tokens_u)
     facts = {
         "model": f"{sum(p.numel() for p in policy.model.parameters()):,} parameters, {found.parameters:,} measured (known)",
         "update batch U": f"{len(expected.u)} sequences, at most {tokens_u:,} tokens with prompts (known, responses guessed)",

@@ -7,7 +7,7 @@ T tokens in sequences of L, and R = min(T, rows of one chunk of the output layer
     reverse mode           n·u + V(T + 2R) + 2P   every layer's are kept; the gradient and the sum so far
     forward over forward   4.5u + 8V·R + P        layers pass; values, two tangents and a second tangent; θ + ηv
     forward mode           2.25u + 4V·R + P
-    the update             8P                     moments, the direction and its parts
+    the update             8P                     moments, the direction and its parts; 10P with their answer to the gradient
     sampling               S(2nd·L + 12V)         keys and values of S completions, the law in float64
 
     peak = held once the model is loaded + libraries still to load + b · 1.2 · the largest of these
@@ -123,8 +123,13 @@ def stages(config: MeasureConfig, s: Sizes, micro_batch_tokens: int, sample_batc
         if config.second_order
         else 2.25 * u + 4 * V * R + P,
     }
-    if config.attributed:  # two halves of two gradients are at hand
-        numbers["attribution"] = s.layers * u + V * (T + 2 * R) + 8 * P
+    if (
+        config.attributed
+    ):  # beside moments, parts and how they answer: a gradient, and its sum or where it is pushed to
+        numbers["update"] = 10 * P
+        numbers["attribution"] = s.layers * u + V * (T + 2 * R) + 12 * P
+    if config.verify:  # moments and the first direction are kept while others are made
+        numbers["what if"] = s.layers * u + V * (T + 2 * R) + 9 * P
     if config.rollouts_e is None or config.rollouts_u is None:
         numbers["sampling"] = sample_batch * (2 * s.layers * s.width * s.longest + 12 * V)
     return {name: int(s.held + s.libraries + s.number * _SLACK * x) for name, x in numbers.items()}
