@@ -93,6 +93,7 @@ def kill(count: int, seed: int, folder: Path) -> dict[str, Any]:
     """Kill `count` times at random and compare every run's end with that of an undisturbed run."""
     import entropy_kernels.measure.steps  # loaded once, before the forks
     import entropy_kernels.report.html  # noqa: F401
+    from entropy_kernels.measure.writing import code
 
     start = time.monotonic()
     status = measure(folder / "undisturbed", resume=False)
@@ -126,6 +127,7 @@ def kill(count: int, seed: int, folder: Path) -> dict[str, Any]:
         "seconds_undisturbed": round(seconds, 2),
         "files_written_undisturbed": writes,
         "settings": " ".join(SETTINGS),
+        **code(),
         "each": runs,
     }
 
