@@ -185,7 +185,7 @@ EK_LOOP Crossing<T> crossing(T* x, double* w, int64_t n, double target) {
   using Key = decltype(key_of(T{}));
   constexpr int BUCKETS = 1024;
   double base = 0;  // what has been passed already
-  while (true) {
+  while (n > 0) {
     Key low = ~Key(0), high = 0;
     for (int64_t i = 0; i < n; i++) {
       const Key key = key_of(x[i]);
@@ -223,6 +223,7 @@ EK_LOOP Crossing<T> crossing(T* x, double* w, int64_t n, double target) {
     }
     n = kept;
   }
+  return {std::numeric_limits<T>::quiet_NaN(), base, base};  // of no number
 }
 
 template <class T>
@@ -283,7 +284,7 @@ EK_FN void truncated_row(const TruncatedArgs& a, int64_t r, Scratch<T>& scratch)
   while (few && block > 128 && V / block * L < 3 * k) block /= 2;
   bool has_nan;
   const T peak = block_maxima<T>(z, V, block, scratch.maxima, &has_nan);
-  if (has_nan || !(peak > -infinity && peak < infinity)) {
+  if (has_nan || !(peak > -infinity && peak < infinity) || !(tau > 0 && inv_tau > 0)) {
     const double nan = std::numeric_limits<double>::quiet_NaN();
     *threshold_of_row = T(nan);
     if (values) put_values(0, nan, y < 0 ? 0 : nan, nan, nan, nan);

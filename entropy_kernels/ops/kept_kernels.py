@@ -99,7 +99,8 @@ def kept_thresholds(z, tau, k, p, threshold, V, z_row, z_column, SHIFT: tl.const
         best = tl.maximum(best, z_a)
     peak = tl.max(best, 0)
     t = peak + float("nan")
-    if (tl.sum(broken, 0) == 0) & (peak > float("-inf")) & (peak < float("inf")):
+    lawful = (tl.sum(broken, 0) == 0) & (peak > float("-inf")) & (peak < float("inf"))
+    if lawful & (tau_r > 0.0) & (tau_r < float("inf")):
         # narrower dtypes: the key of −∞, and one more
         low = tl.maximum(
             _key(tl.full([], LOWEST, tl.float32), SHIFT),

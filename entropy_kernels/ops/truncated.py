@@ -40,7 +40,7 @@ class TruncatedValues(NamedTuple):
 def kept_set(z: Tensor, tau: Tensor, top_k: Tensor | None, top_p: Tensor | None) -> Tensor:
     """The kept tokens, bool [R, V]: top_k first, then top_p of what it left; p = 1 leaves it as it is.
 
-    A row without a law (a NaN, a largest logit that is infinite) keeps nothing.
+    A row without a law (a NaN; a temperature or a largest logit that is infinite) keeps nothing.
     """
     parts = []
     for b in reference._blocks(z):
@@ -64,7 +64,8 @@ def _threshold(z: Tensor, tau: Tensor, top_k: Tensor | None, top_p: Tensor | Non
         above = torch.nn.functional.pad(up_to[:, :-1], (1, 0))
         count = (above < p * up_to[:, -1:]).sum(-1, keepdim=True)
         t = torch.where(p < 1, ordered.gather(-1, count.clamp(min=1) - 1), t)
-    return torch.where(peak.isfinite(), t, torch.nan)
+    lawful = peak.isfinite() & ((tau > 0) & tau.isfinite()).unsqueeze(-1)
+    return torch.where(lawful, t, torch.nan)
 
 
 def truncated_values(z: Tensor, kept: Tensor, y: Tensor, tau: Tensor) -> TruncatedValues:

@@ -85,6 +85,21 @@ def test_rows_without_a_law_keep_nothing():
         assert kept_of(z, k, p).sum(-1).tolist() == [0, 0, 0, 2]
 
 
+@pytest.mark.parametrize("ops", [truncated, cpu], ids=["plain", "c++"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_an_undefined_temperature_keeps_nothing_and_ends(ops, dtype):
+    z = torch.randn(3, 6000, generator=torch.Generator().manual_seed(0))
+    for tau in (torch.nan, -1.0, 0.0, torch.inf):
+        for k, p in [(3, None), (None, 0.9), (3, 0.9)]:
+            assert not kept_of(z, k, p, tau, dtype=dtype, ops=ops).any()
+    if ops is cpu:
+        nan, y = torch.full((3,), torch.nan, dtype=dtype), torch.zeros(3, dtype=torch.int64)
+        t = cpu.truncated_values_of_rows(
+            z.to(dtype), y, nan, torch.full((3,), 9), torch.full((3,), 0.9, dtype=torch.float64)
+        )
+        assert t.entropy.isnan().all() and t.kept_mass.isnan().all() and (t.kept_count == 0).all()
+
+
 def test_every_row_has_its_own_k_and_p():
     g = torch.Generator().manual_seed(2)
     z = torch.randn(4, 50, generator=g, dtype=torch.float64) * 2
