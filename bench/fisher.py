@@ -26,9 +26,10 @@ from entropy_kernels.policy import Policy, TokenBatch
 
 N, L, PROMPT = 64, 128, 16
 TILE = 2  # sequences at once by vmap
+LAYERS = int(os.environ.get("FISHER_LAYERS", "30"))  # fewer for a quick look; the output layer stays as wide
 BUDGET = float(os.environ.get("FISHER_BUDGET_GB", "11")) * 1e9
 SHAPE: dict[str, Any] = {
-    "vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9,
+    "vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": LAYERS, "num_attention_heads": 9,
     "num_key_value_heads": 3, "tie_word_embeddings": True, "rope_theta": 100000.0, "max_position_embeddings": 8192,
 }  # fmt: skip
 
@@ -124,12 +125,12 @@ def run(_repeats: int) -> None:
     ratio = {key: (times["ours"][key] - times["products"][key]) / base[key] for key in ("wall_s", "cpu_s")}
     result = {
         "environment": timing.environment("cpu"),
-        "sequences": N, "tokens": L, "parameters": p, "budget_gb": BUDGET / 1e9, "passes": plan.passes,
+        "layers": LAYERS, "sequences": N, "tokens": L, "parameters": p, "budget_gb": BUDGET / 1e9, "passes": plan.passes,
         "flops": plan.flops, "ghost": [x.name for g in plan.groups for x in g if x.ghost],
         "planned_peak_gb": plan.peak_bytes["layers"] / 1e9, "errors": errors, "times": times,
         "without_products_over_forward_backward": ratio,
     }  # fmt: skip
-    timing.save("fisher_cpu", result, markdown(result))
+    timing.save("fisher_cpu" if LAYERS == 30 else f"fisher_cpu_{LAYERS}_layers", result, markdown(result))
 
 
 def markdown(result: dict[str, Any]) -> list[str]:
@@ -137,7 +138,8 @@ def markdown(result: dict[str, Any]) -> list[str]:
     lines[-1] = lines[-1].replace("Median of the rounds, quartiles in brackets.", "One run of each.")
     lines += [
         "",
-        f"{result['sequences']} × {result['sequences']} sequences of {result['tokens']} tokens, {result['parameters']:,} "
+        f"{result['sequences']} × {result['sequences']} sequences of {result['tokens']} tokens, {result['layers']} layers, "
+        f"{result['parameters']:,} "
         f"parameters, float32, budget {result['budget_gb']:g} GB: {result['passes']} pass(es), planned peak "
         f"{result['planned_peak_gb']:.1f} GB. Largest error of a cosine against float64: "
         + ", ".join(f"{k} {v:.0e}" for k, v in result["errors"].items())
