@@ -81,10 +81,15 @@ def sentences(report: Mapping[str, Any]) -> list[str]:
     parts = ", ".join(f"{name(key)} {number(part.value, 2)}" for key, part in rule["parts"].items())
     top = shares["top"][1]
     held, repeated = (top[key]["estimate"].value for key in ("held", "held_on_the_other_half"))
+    found_again = (
+        f"{percent(repeated)} when half of the held-out prompts choose them and the others count"
+        if 0 <= repeated <= 1
+        else "not resolved: what half of the held-out prompts choose, the others do not see"
+    )
     lines = [
         f"The linear change {number(rule['linear'].value)} is made up of {parts}.",
         f"{percent(held)} of the influence of its tokens, counted without sign, comes from {percent(top['fraction'])} of them "
-        f"({percent(repeated)} when half of the held-out prompts choose them and the others count).",
+        f"({found_again}).",
     ]
     proxies = section["proxies"]["tokens"]
     ranked = {key: x["share"]["estimate"] for key, x in proxies.items() if x["share"]["estimate"].value > -1}
