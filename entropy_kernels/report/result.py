@@ -7,7 +7,7 @@ import json
 import math
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -108,22 +108,29 @@ class Result:
         Raises:
             UserError: no report.json in `directory`, not JSON, or another schema version.
         """
-        path = Path(directory) / "report.json"
-        try:
-            report = from_json(path.read_text(encoding="utf-8"))
-        except (FileNotFoundError, NotADirectoryError) as error:
-            raise UserError(
-                f"`directory`: {path} does not exist. Expected the output of a finished measurement; "
-                "pass what was given as --output."
-            ) from error
-        except json.JSONDecodeError as error:
-            raise UserError(
-                f"`directory`: {path} is not JSON ({error}). Measure again to replace it."
-            ) from error
-        files = {name: path.with_name(f"{name}.parquet") for name in TABLES}
-        return cls(
-            report=report, tables={name: pq.read_table(file) for name, file in files.items() if file.exists()}
-        )
+        report, tables = read_saved(directory, "report.json", TABLES, "measurement")
+        return cls(report=report, tables=tables)
+
+
+def read_saved(
+    directory: str | Path, file: str, tables: Iterable[str], what: str
+) -> tuple[dict[str, Any], dict[str, pa.Table]]:
+    """What was saved in a directory: the report in `file`, and those of the named tables that are there.
+
+    Raises:
+        UserError: no such file in `directory`, not JSON, or another schema version.
+    """
+    path = Path(directory) / file
+    try:
+        report = from_json(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise UserError(
+            f"`directory`: {path} does not exist. Expected the output of a finished {what}; pass what was given as --output."
+        ) from error
+    except json.JSONDecodeError as error:
+        raise UserError(f"`directory`: {path} is not JSON ({error}). Measure again to replace it.") from error
+    files = {name: path.with_name(f"{name}.parquet") for name in tables}
+    return report, {name: pq.read_table(table) for name, table in files.items() if table.exists()}
 
 
 class Plots(Mapping[str, "Figure"]):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,11 +10,10 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ..errors import UserError
 from ..stats import Estimate
 from .numbers import estimate, in_words, number, percent
 from .reading import verb
-from .result import Plots, complete_or_absent, from_json, to_json
+from .result import Plots, complete_or_absent, read_saved, to_json
 from .terminal import table
 
 SERIES_TABLES = ("rollouts_e", "influence")
@@ -87,21 +85,8 @@ class SeriesResult:
         Raises:
             UserError: no series.json in `directory`, not JSON, or another schema version.
         """
-        path = Path(directory) / "series.json"
-        try:
-            report = from_json(path.read_text(encoding="utf-8"))
-        except (FileNotFoundError, NotADirectoryError) as error:
-            raise UserError(
-                f"`directory`: {path} does not exist. Expected the output of a finished series; pass what was given as --output."
-            ) from error
-        except json.JSONDecodeError as error:
-            raise UserError(
-                f"`directory`: {path} is not JSON ({error}). Measure again to replace it."
-            ) from error
-        files = {name: path.with_name(f"{name}.parquet") for name in SERIES_TABLES}
-        return cls(
-            report=report, tables={n: pq.read_table(file) for n, file in files.items() if file.exists()}
-        )
+        report, tables = read_saved(directory, "series.json", SERIES_TABLES, "series")
+        return cls(report=report, tables=tables)
 
 
 def summarize_series(report: Mapping[str, Any]) -> str:
