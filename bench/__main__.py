@@ -3,17 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import importlib
+import os
 
-from bench import fisher, fisher_size, gate, linear, rows, rows_gpu, truncated
-
-BENCHMARKS = {
-    "rows": rows.run,
-    "linear": linear.run,
-    "truncated": truncated.run,
-    "fisher": fisher.run,
-    "fisher_size": fisher_size.run,
-    "gate": lambda _: gate.run(),
-}
+BENCHMARKS = ["rows", "linear", "truncated", "fisher", "fisher_size", "gate"]
+ON_GPU = {"rows": "rows_gpu"}  # benchmark: the module of its GPU version
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
@@ -24,11 +18,24 @@ if __name__ == "__main__":
         default=7,
         help="timed rounds; every contender runs once a round (gate times nothing)",
     )
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="where rows are timed")
+    parser.add_argument(
+        "--device",
+        choices=["cpu", "cuda", "interpreter"],
+        default="cpu",
+        help="where it is timed; interpreter runs the GPU's benchmark on a few rows in Triton's interpreter, "
+        "which finds its mistakes without a GPU, and keeps no result",
+    )
     arguments = parser.parse_args()
-    if arguments.device == "cuda":
-        if arguments.benchmark != "rows":
-            parser.error(f"--device cuda: {arguments.benchmark} has no GPU version; only rows has")
-        rows_gpu.run(arguments.repeats)
+    if arguments.device != "cpu" and arguments.benchmark not in ON_GPU:
+        parser.error(
+            f"--device {arguments.device}: {arguments.benchmark} has no GPU version; {', '.join(ON_GPU)} have"
+        )
+    # imported only now: the interpreter must be asked for before Triton is, and a benchmark's requirements are its own
+    if arguments.device == "interpreter":
+        os.environ["TRITON_INTERPRET"] = "1"
+    if arguments.device == "cpu":
+        module = importlib.import_module(f"bench.{arguments.benchmark}")
+        module.run(arguments.repeats)
     else:
-        BENCHMARKS[arguments.benchmark](arguments.repeats)
+        module = importlib.import_module(f"bench.{ON_GPU[arguments.benchmark]}")
+        module.run(arguments.repeats, arguments.device)

@@ -286,7 +286,7 @@ def markdown(result: dict[str, Any]) -> list[str]:
     return lines
 
 
-def run() -> None:
+def run(_repeats: int = 0) -> None:
     """Compile all, write the table, and end with an error where a kernel does not pass."""
     table = [compiled(x, target) for target in TARGETS for x in variants()]
     found = [fault for c in table for fault in faults(c)]

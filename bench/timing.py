@@ -1,11 +1,14 @@
 """What every benchmark shares: contenders that take turns, the conditions of a run, result files.
 
-Times are medians with quartiles, in milliseconds, from one run; a ratio is only ever taken within a run.
+Times are medians with quartiles, in milliseconds, from one run; a ratio is only ever taken within a run. On a GPU they lie between two
+events on the stream, behind a write of FLUSH_BYTES, which empties the cache and gives the host time to queue what is timed.
 """
 
 from __future__ import annotations
 
+import functools
 import json
+import math
 import os
 import platform
 import statistics
@@ -21,22 +24,46 @@ from torch import Tensor
 from entropy_kernels.ops import cpu
 
 RESULTS = Path(__file__).parent / "results"
+MIN_ROUNDS = 3  # fewer have no quartiles
+FLUSH_BYTES = 1 << 30
 Contenders = Mapping[str, Callable[[], object]]
 
 
-def measure(contenders: Contenders, repeats: int, device: str = "cpu") -> dict[str, dict[str, float]]:
-    """Contenders take turns, so that a busy moment of the machine hits all of them. Median and quartiles, ms."""
+def measure(
+    contenders: Contenders,
+    repeats: int,
+    device: str = "cpu",
+    *,
+    before: Contenders | None = None,
+    limit_s: float = math.inf,
+) -> dict[str, dict[str, float]]:
+    """Contenders take turns, so that a busy moment of the machine hits all of them. Median and quartiles, ms.
+
+    `before[name]` runs untimed ahead of each call of that contender. After `limit_s` no further round is begun, once there were three.
+    """
     times: dict[str, list[float]] = {name: [] for name in contenders}
+    start = time.perf_counter()
     for round_ in range(repeats + 1):
+        if round_ > MIN_ROUNDS and time.perf_counter() - start > limit_s:
+            break
         for name, f in contenders.items():
+            if before and name in before:
+                before[name]()
             ms = one_call_ms(f, device)
             if round_:  # the first round warms up
                 times[name].append(ms)
-    summary = {}
-    for name, ms_of_rounds in times.items():
-        low, median, high = statistics.quantiles(ms_of_rounds, n=4)
-        summary[name] = {"median_ms": median, "quartile_low_ms": low, "quartile_high_ms": high}
-    return summary
+    return {name: spread(ms_of_rounds) for name, ms_of_rounds in times.items()}
+
+
+def spread(ms_of_rounds: list[float]) -> dict[str, float]:
+    """Median and quartiles, and of how many rounds."""
+    low, median, high = statistics.quantiles(ms_of_rounds, n=4)
+    return {
+        "median_ms": median,
+        "quartile_low_ms": low,
+        "quartile_high_ms": high,
+        "rounds": len(ms_of_rounds),
+    }
 
 
 def one_call_ms(f: Callable[[], object], device: str) -> float:
@@ -45,13 +72,33 @@ def one_call_ms(f: Callable[[], object], device: str) -> float:
         start = time.perf_counter()
         f()
         return (time.perf_counter() - start) * 1e3
-    torch.cuda.synchronize()
     before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    flush_buffer(device).zero_()
     before.record()
     f()
     after.record()
     torch.cuda.synchronize()
     return before.elapsed_time(after)
+
+
+@functools.lru_cache(maxsize=1)
+def flush_buffer(device: str) -> Tensor:
+    """Larger than any cache."""
+    return torch.empty(FLUSH_BYTES, dtype=torch.uint8, device=device)
+
+
+def peak_bytes(f: Callable[[], object], device: str) -> int | None:
+    """The most device memory one call holds above what was there before, its results included; None on the CPU."""
+    if not device.startswith("cuda"):
+        f()
+        return None
+    torch.cuda.synchronize()
+    held = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    f()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - held
 
 
 def rotating(count: int, *tensors: Tensor) -> Callable[[], tuple[Tensor, ...]]:
