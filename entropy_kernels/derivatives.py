@@ -5,7 +5,8 @@ r"""Derivatives of entropy and logprob along a direction v, and gradients of wha
     gradient   Σ q∇H + g∇S                      one backward pass, whatever the weights q and g
     hvp        its derivative along v           forward over reverse
 
-Every function works one micro-batch at a time; nothing here needs a gradient per sample. The weights q and g of an estimator come
+Every function works one micro-batch at a time; nothing here needs a gradient per sample. Where a run is split over ranks
+(`distributed.joined`), micro-batches are dealt out to them and every rank has the whole result. The weights q and g of an estimator come
 from `stats.coefficients` (docs/theory.md, sections 6 and 7).
 """
 
@@ -18,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from entropy_kernels import stats
+from entropy_kernels import distributed, stats
 from entropy_kernels.policy import MicroBatch, Parameters, Policy, TokenBatch, check_direction, micro_batches
 
 _func: Any = torch.func  # its type stubs do not know that has_aux decides how many results there are
@@ -300,16 +301,31 @@ def _summed(
     progress: Progress | None,
     parts: Parts | None = None,
 ) -> Parameters:
-    done = -1 if parts is None else max(parts, default=-1)
+    done = distributed.of_first(lambda: -1 if parts is None else max(parts, default=-1))
     total = {name: torch.zeros_like(p) for name, p in policy.params.items()}
-    if parts is not None and done >= 0:
-        total = {name: x.to(policy.device) for name, x in zip(total, parts[done], strict=True)}
-    for number, micro in enumerate(micro_batches(policy, batch)):
-        if number > done:
-            for name, x in part(micro).items():
-                total[name] += x
-            if parts is not None:
-                parts[number] = tuple(total.values())
+    if done >= 0:
+        kept = distributed.tensors_of_first(
+            lambda: None if parts is None else dict(zip(total, parts[done], strict=True))
+        )
+        assert kept is not None  # rank 0 has just named it
+        total = {name: x.to(policy.device) for name, x in kept.items()}
+
+    def missing() -> Iterator[tuple[int, MicroBatch]]:
+        for number, micro in enumerate(micro_batches(policy, batch)):
+            if number > done:
+                yield number, micro
+            else:
+                _tick(progress, micro)
+
+    def compute(item: tuple[int, MicroBatch]) -> tuple[Tensor, ...]:
+        found = part(item[1])
+        return tuple(found[name] for name in total)
+
+    for (number, micro), found in distributed.dealt(missing(), compute):
+        for name, x in zip(total, found, strict=True):
+            total[name] += x
+        if parts is not None:
+            parts[number] = tuple(total.values())
         _tick(progress, micro)
     return total
 
@@ -323,16 +339,28 @@ def _on_grid(
     parts: Parts | None = None,
 ) -> Iterator[Tensor]:
     grids = [torch.zeros(batch.input_ids.shape, dtype=policy.dtype) for _ in range(count)]
-    for number, micro in enumerate(micro_batches(policy, batch)):
-        if parts is not None and number in parts:
-            found = parts[number]
-        else:
-            found = tuple(rows.detach().to("cpu", policy.dtype) for rows in values(micro))
-            if parts is not None:
-                parts[number] = found
+    known = distributed.of_first(lambda: {} if parts is None else dict(parts.items()))
+
+    def put(micro: MicroBatch, found: tuple[Tensor, ...]) -> None:
         for grid, rows in zip(grids, found, strict=True):
             grid[micro.destination] = rows
         _tick(progress, micro)
+
+    def missing() -> Iterator[tuple[int, MicroBatch]]:
+        for number, micro in enumerate(micro_batches(policy, batch)):
+            if number in known:
+                put(micro, known[number])
+            else:
+                yield number, micro
+
+    def compute(item: tuple[int, MicroBatch]) -> tuple[Tensor, ...]:
+        return tuple(rows.detach().to("cpu", policy.dtype) for rows in values(item[1]))
+
+    for (number, micro), received in distributed.dealt(missing(), compute):
+        found = tuple(received)
+        if parts is not None:
+            parts[number] = found
+        put(micro, found)
     return iter(grids)
 
 

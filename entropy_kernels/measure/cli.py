@@ -6,10 +6,13 @@ import argparse
 import sys
 import textwrap
 from collections.abc import Callable, Container, Sequence
+from contextlib import nullcontext
 from dataclasses import fields
+from functools import partial
 from importlib import import_module
 from typing import TYPE_CHECKING, NoReturn
 
+from .. import distributed
 from ..errors import CertificationError, UserError
 from .config import CHOICES, MeasureConfig, output_directory
 from .output import finished_report, working_in
@@ -239,14 +242,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if arguments is None else arguments)
     if given and given[0] in COMMANDS:
         run = import_module(f".{COMMANDS[given[0]]}", __package__).run
-        return guarded(run, given[1:])
+        return guarded(partial(by_one_rank, given[0], run), given[1:])
     return guarded(measure, given)
 
 
 def guarded(run: Callable[[Sequence[str]], int], arguments: Sequence[str]) -> int:
-    """The exit status of a command; what a user can mend is said in one paragraph."""
+    """The exit status of a command; what a user can mend is said in one paragraph, of several ranks by the first."""
     try:
-        with stoppable():
+        with stoppable(), distributed.joined():
             return run(arguments)
     except (UserError, CertificationError) as error:
         print(textwrap.fill(f"error: {error}", width=110, break_long_words=False), file=sys.stderr)
@@ -255,24 +258,45 @@ def guarded(run: Callable[[Sequence[str]], int], arguments: Sequence[str]) -> in
         return stop.code if isinstance(stop, Stopped) else 130
 
 
+def by_one_rank(name: str, run: Callable[[Sequence[str]], int], arguments: Sequence[str]) -> int:
+    """A command whose work is not split.
+
+    Raises:
+        UserError: it was started on several ranks.
+    """
+    if distributed.count() > 1:
+        raise UserError(
+            f"ranks: {name} was started on {distributed.count()} ranks, but only the measurement of one step is split over ranks. Start "
+            "it without torchrun."
+        )
+    return run(arguments)
+
+
 def measure(arguments: Sequence[str]) -> int:
-    """The command without a name: one step."""
+    """The command without a name: one step; of several ranks, the first has the directory."""
     config = config_from(arguments)
     if config.dry_run:
-        print(predicted(config).text())
-        return 0
-    directory = output_directory(config)
-    result = finished_report(config, directory)
-    if result is None:
-        with working_in(directory):
+        return by_one_rank("--dry-run", partial(forecasted, config), arguments)
+    directory = distributed.of_first(lambda: output_directory(config))
+    result = finished_report(config, directory) if distributed.is_first() else None
+    finished = distributed.of_first(lambda: result is not None)
+    if not finished:
+        with working_in(directory) if distributed.is_first() else nullcontext():
             from transformers.utils import logging
 
             from .steps import measure_step, with_output
 
             logging.disable_progress_bar()  # one bar at a time: ours
             result = measure_step(with_output(config, str(directory)), directory=str(directory))
-    print(result.summary())
+    if result is not None:
+        print(result.summary())
     print(f"\nreport: {directory / 'report.html'}")
+    return 0
+
+
+def forecasted(config: MeasureConfig, _: Sequence[str]) -> int:
+    """`--dry-run`."""
+    print(predicted(config).text())
     return 0
 
 

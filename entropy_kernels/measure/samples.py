@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .. import distributed
 from ..derivatives import token_stats
 from ..errors import UserError
 from ..policy import Policy, TokenBatch
@@ -42,8 +43,11 @@ def get_rollouts(
 
         def sample(name: str, chosen: list[Prompt], group_size: int, seed: int) -> Rollouts:
             file = store.file(f"{name}.parquet")
-            if file is not None and file.exists():
-                return Rollouts.load(file)
+            kept = distributed.of_first(
+                lambda: Rollouts.load(file) if file is not None and file.exists() else None
+            )
+            if kept is not None:
+                return kept
             parts = store.parts(name)
             drawn = sample_rollouts(
                 policy.model,
@@ -57,10 +61,11 @@ def get_rollouts(
                 batch_size=config.sample_batch,
                 progress=progress,
                 parts=parts,
-            ).with_rewards(reward, answers)
+            )
+            rewarded = distributed.of_first(lambda: drawn.with_rewards(reward, answers))
             if file is not None:
-                drawn.save(file)
-            return drawn
+                rewarded.save(file)
+            return rewarded
 
         if need_u:
             u = sample("rollouts_u", chosen_u, config.group_size, config.seed)

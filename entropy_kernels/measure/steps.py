@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from .. import distributed
 from ..attribution import TokenWeights
 from ..certify import certify
 from ..checkpoints import StepInfo
@@ -46,12 +47,12 @@ from .writing import environment, token_table, write_update
 
 
 def measure_step(config: MeasureConfig, *, directory: str | None = None, progress: bool = True) -> Result:
-    """Measure and predict the change of entropy in one optimizer step.
+    """Measure and predict the change of entropy in one optimizer step; within `distributed.joined` all ranks together.
 
     Args:
         config: what to measure.
         directory: where the report is saved, rollouts and the update as soon as they exist, and until it is complete what a run that is
-            stopped can go on from (config.resume); None writes nothing.
+            stopped can go on from (config.resume); None writes nothing. Of several ranks, rank 0 alone writes and says.
         progress: whether to say on stderr how far it is: bars on a terminal, and a line per finished stage.
 
     Returns:
@@ -61,6 +62,8 @@ def measure_step(config: MeasureConfig, *, directory: str | None = None, progres
         UserError: input that cannot be measured, saying what to do.
         CertificationError: the model's derivatives are wrong, naming the layer.
     """
+    if not distributed.is_first():
+        directory, progress = None, False
     resolve_reward(config.reward)  # a wrong name is said before anything is loaded
     if replayed(config):
         check_logged(config)
@@ -200,7 +203,7 @@ def load_policy(config: MeasureConfig) -> Policy:
         top_p=config.top_p,
         parameters=config.parameters,
         dtype=config.precision,
-        device=config.device,
+        device=distributed.own_device(config.device),
         micro_batch_tokens=config.micro_batch_tokens,
         base=config.model if config.ckpt is not None else None,
     )

@@ -6,7 +6,8 @@ r"""What the stages of a run have computed, on disk, so that a run that was stop
 
 A file is complete or absent: it is written under another name, then moved. What cannot be read, or whose checksum is wrong (a machine
 that lost power), is as good as absent and is computed again. Tensors come back bit for bit, so a run that went on ends in the numbers of
-one that was never stopped. `Store(None)` keeps nothing and computes everything.
+one that was never stopped. `Store(None)` keeps nothing and computes everything. Where a run is split over ranks, the store is that of
+rank 0, the others have `Store(None)`: what rank 0 has read all have, and what it has not all compute together.
 
     first = store.in_parts("node_1e-06", lambda parts: token_tangents(policy, batch, v, parts=parts)._asdict())
 """
@@ -32,6 +33,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from .. import distributed
 from ..errors import UserError
 
 Parts = MutableMapping[int, tuple[Tensor, ...]]
@@ -80,7 +82,10 @@ class Store:
             running: a part is the sum so far, so that only the last is needed.
         """
         path = self._path(name, ".safetensors")
-        if path is not None and (found := read_tensors(path, self.fingerprint)) is not None:
+        found = distributed.tensors_of_first(
+            lambda: None if path is None else read_tensors(path, self.fingerprint)
+        )
+        if found is not None:
             return found
         if path is None:
             return _on_cpu(compute(None))
@@ -97,15 +102,13 @@ class Store:
     def json(self, name: str, compute: Callable[[], Any]) -> Any:
         """As `tensors`, for what JSON can hold; NaN and infinity included."""
         path = self._path(name, ".json")
-        if path is not None:
-            try:
-                return json.loads(path.read_text(encoding="utf-8"))
-            except (FileNotFoundError, ValueError):
-                pass
-        computed = json.loads(json.dumps(compute()))  # the same types as when it is read
-        if path is not None:
-            write_text(path, json.dumps(computed))
-        return computed
+        text = distributed.of_first(lambda: None if path is None else _read_json(path))
+        if text is None:
+            here = json.dumps(compute())
+            text = distributed.of_first(lambda: here)  # one answer, where ranks might decide otherwise
+            if path is not None:
+                write_text(path, text)
+        return json.loads(text)  # the same types, whether it was there or not
 
     def within(self, name: str) -> Store:
         """A store for stages of their own, such as those of one checkpoint of a series."""
@@ -316,6 +319,16 @@ class _LastPart(_Parts):
             del self[old]
         end = time.monotonic()
         self.next_write = end + (end - start) / _WRITING_SHARE
+
+
+def _read_json(path: Path) -> str | None:
+    """The text of a file that is there and whole."""
+    try:
+        text = path.read_text(encoding="utf-8")
+        json.loads(text)
+    except (FileNotFoundError, ValueError):
+        return None
+    return text
 
 
 def _on_cpu(tensors: Mapping[str, Tensor | np.ndarray]) -> dict[str, Tensor]:

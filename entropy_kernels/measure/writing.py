@@ -13,6 +13,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
+from .. import distributed
 from ..functional.rows import backend
 from ..policy import Parameters, Policy, TokenBatch
 from .store import write_tensors
@@ -52,6 +53,7 @@ def environment(policy: Policy) -> dict[str, Any]:
         "device": torch.cuda.get_device_name(device)
         if device.type == "cuda"
         else f"CPU ({torch.get_num_threads()} threads)",
+        "ranks": distributed.count(),
         "dtype": str(policy.dtype).removeprefix("torch."),
         "backends": {
             "rows": backend(device),

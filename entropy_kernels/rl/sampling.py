@@ -17,6 +17,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
+from entropy_kernels import distributed
 from entropy_kernels.errors import UserError
 from entropy_kernels.rl.rollouts import Rollouts
 from entropy_kernels.rl.tasks import Prompt
@@ -46,8 +47,8 @@ def sample_rollouts(
 
     Token k is min{a : F(a) > u}, F the cumulated probabilities of π in float64 and u uniform. The u's of a
     completion are fixed by (seed, prompt_id, its number in the group) alone, so the same completions come out
-    (up to the rounding of the logits) whatever the batch size, the order of the prompts, or the machine they
-    are spread over; the global random state is neither read nor written. Nothing else shapes the law: the
+    (up to the rounding of the logits) whatever the batch size, the order of the prompts, or the ranks that
+    batches are dealt out to (`distributed`); the global random state is neither read nor written. Nothing else shapes the law: the
     model's own generation settings (top-k, penalties, forbidden or forced tokens, ...) are set aside and put
     back afterwards, as is train mode.
 
@@ -97,36 +98,42 @@ def sample_rollouts(
         _bare(model),
         tqdm(total=len(rows) * max_new_tokens, unit="token", desc="sampling", disable=not progress) as bar,
     ):
-        for number, start in enumerate(range(0, len(todo), batch_size)):
-            batch = todo[start : start + batch_size]
-            if parts is not None and number in parts:
-                drawn = parts[number]
-                bar.total -= len(batch) * max_new_tokens
-            else:
-                drawer = _Draw(
-                    _uniforms(
-                        seed, [(prompts[rows[i][0]].prompt_id, rows[i][1]) for i in batch], max_new_tokens
-                    ),
-                    temperature,
-                    bar,
-                    truncation,
-                )
-                ids, mask = _left_padded([prompts[rows[i][0]].token_ids for i in batch], pad, model.device)
-                out = generate(
-                    input_ids=ids,
-                    attention_mask=mask,
-                    generation_config=settings,
-                    logits_processor=LogitsProcessorList([drawer]),
-                )
-                drawn = out[:, ids.shape[1] :].cpu(), torch.stack(drawer.logprobs, dim=1).cpu().float()
-                if parts is not None:
-                    parts[number] = drawn
-                bar.total -= len(batch) * (max_new_tokens - len(drawer.logprobs))
-            for i, tokens, recorded in zip(batch, drawn[0].tolist(), drawn[1].numpy(), strict=True):
+        batches = [todo[start : start + batch_size] for start in range(0, len(todo), batch_size)]
+        known = distributed.of_first(lambda: {} if parts is None else dict(parts.items()))
+
+        def draw(number: int) -> tuple[Tensor, ...]:
+            batch = batches[number]
+            names = [(prompts[rows[i][0]].prompt_id, rows[i][1]) for i in batch]
+            drawer = _Draw(_uniforms(seed, names, max_new_tokens), temperature, bar, truncation)
+            ids, mask = _left_padded([prompts[rows[i][0]].token_ids for i in batch], pad, model.device)
+            out = generate(
+                input_ids=ids,
+                attention_mask=mask,
+                generation_config=settings,
+                logits_processor=LogitsProcessorList([drawer]),
+            )
+            return out[:, ids.shape[1] :].cpu(), torch.stack(drawer.logprobs, dim=1).cpu().float()
+
+        def put(number: int, drawn: tuple[Tensor, ...]) -> None:
+            for i, tokens, recorded in zip(batches[number], drawn[0].tolist(), drawn[1].numpy(), strict=True):
                 length = next((k + 1 for k, token in enumerate(tokens) if token in eos), len(tokens))
                 completions[i] = tuple(tokens[:length])
                 logprobs[i] = recorded[:length]
+            waiting.remove(number)
+            left = sum(len(batches[later]) for later in waiting)
+            bar.total = (
+                bar.n + left * max_new_tokens // distributed.count()
+            )  # the bar is of this rank's share
             bar.refresh()
+
+        waiting = set(range(len(batches)))
+        for number in known:
+            put(number, known[number])
+        for number, received in distributed.dealt(sorted(waiting), draw):
+            drawn = tuple(received)
+            if parts is not None:
+                parts[number] = drawn
+            put(number, drawn)
 
     return Rollouts(
         prompt_id=tuple(prompts[group].prompt_id for group, _ in rows),
