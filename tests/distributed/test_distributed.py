@@ -47,7 +47,7 @@ def started(script: Path, arguments: list[str], ranks: int) -> list[subprocess.C
     try:
         return [
             subprocess.CompletedProcess(p.args, p.returncode, out, err)
-            for p, (out, err) in [(p, p.communicate(timeout=120)) for p in processes]
+            for p, (out, err) in [(p, p.communicate(timeout=600)) for p in processes]
         ]
     finally:
         for p in processes:
@@ -115,7 +115,7 @@ def test_ranks_end_in_the_report_of_one_process_bit_for_bit_even_after_one_has_f
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=600,
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("report: ") == 1 and "Traceback" not in done.stderr
