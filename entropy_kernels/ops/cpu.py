@@ -39,9 +39,14 @@ def _sources() -> Path:
     return inside if inside.exists() else _PACKAGE.parent / "csrc"
 
 
+def _files(directory: Path) -> list[Path]:
+    """What the library of the CPU is compiled from."""
+    return sorted([*directory.glob("*.cpp"), *directory.glob("*.h")])
+
+
 def _is_current() -> bool:
     """There is a built library, and no source of a source tree was edited after it."""
-    edited = (file.stat().st_mtime for file in (_PACKAGE.parent / "csrc").glob("*.[ch]*"))
+    edited = (file.stat().st_mtime for file in _files(_PACKAGE.parent / "csrc"))
     return _BUILT.exists() and all(_BUILT.stat().st_mtime >= time for time in edited)
 
 
@@ -51,7 +56,7 @@ def _compile() -> Path:
     torch_root = Path(torch.__file__).parent
     cache = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or Path.home() / ".cache" / "torch_extensions")
     digest = hashlib.sha256("".join([torch.__version__, platform.machine(), *_FLAGS]).encode())
-    for file in sorted(sources.glob("*.[ch]*")):
+    for file in _files(sources):
         digest.update(file.read_bytes())
     library = cache / f"entropy_kernels_rows_{digest.hexdigest()[:16]}.so"
     if not library.exists():
