@@ -68,32 +68,41 @@ struct alignas(16) Pack {
   In lane[n];
 };
 
-// f(z[j]) for all j, each by one thread. DEEP loads of 16 bytes are under way at a time where the row is aligned to them.
+// DEEP packs of a row, `step` apart: as many loads of 16 bytes under way where the row is aligned to them.
+template <int DEEP, class In>
+EK_DEVICE void load(Pack<In>* pack, const In* z, int at, int step, bool aligned) {
+  constexpr int E = Pack<In>::n;
+  if (aligned) {
+#pragma unroll
+    for (int d = 0; d < DEEP; d++) pack[d] = *reinterpret_cast<const Pack<In>*>(z + int64_t(at + d * step) * E);
+  } else {
+#pragma unroll
+    for (int d = 0; d < DEEP; d++)
+#pragma unroll
+      for (int e = 0; e < E; e++) pack[d].lane[e] = z[int64_t(at + d * step) * E + e];
+  }
+}
+
+// f(z[j]) for all j, each by one thread, which depends on j alone.
 template <int DEEP, class In, class F>
 EK_DEVICE void each(const In* z, int V, F f) {
   constexpr int E = Pack<In>::n;
   const int packs = V / E, step = blockDim.x;
   const bool aligned = reinterpret_cast<uintptr_t>(z) % 16 == 0;
+  Pack<In> pack[DEEP];
   int i = threadIdx.x;
   for (; i + (DEEP - 1) * step < packs; i += DEEP * step) {
-    Pack<In> pack[DEEP];
-    if (aligned) {
-#pragma unroll
-      for (int d = 0; d < DEEP; d++) pack[d] = *reinterpret_cast<const Pack<In>*>(z + int64_t(i + d * step) * E);
-    } else {
-#pragma unroll
-      for (int d = 0; d < DEEP; d++)
-#pragma unroll
-        for (int e = 0; e < E; e++) pack[d].lane[e] = z[int64_t(i + d * step) * E + e];
-    }
+    load<DEEP>(pack, z, i, step, aligned);
 #pragma unroll
     for (int d = 0; d < DEEP; d++)
 #pragma unroll
       for (int e = 0; e < E; e++) f(pack[d].lane[e]);
   }
-  for (; i < packs; i += step)
-#pragma unroll 1
-    for (int e = 0; e < E; e++) f(z[int64_t(i) * E + e]);
+  for (; DEEP > 1 && i < packs; i += step) {
+    load<1>(pack, z, i, step, aligned);
+#pragma unroll
+    for (int e = 0; e < E; e++) f(pack[0].lane[e]);
+  }
   for (int64_t j = int64_t(packs) * E + threadIdx.x; j < V; j += step) f(z[j]);
 }
 

@@ -65,13 +65,14 @@ void launch_by_counts(Rows& a, int device, cudaStream_t stream) {
   set_window(a, In{}, bytes);
   const int needed = int(sizeof(CountMemory)) + 8 * (a.window_high - a.window_low);
   STD_CUDA_CHECK(cudaFuncSetAttribute(by_counts<In>, cudaFuncAttributeMaxDynamicSharedMemorySize, needed));
-  by_counts<In><<<unsigned(a.R), THREADS, needed, stream>>>(a);
+  const int threads = needed > bytes / 3 ? COUNTING_THREADS : COUNTING_THREADS / 2;
+  by_counts<In><<<unsigned(a.R), threads, needed, stream>>>(a);
   STD_CUDA_KERNEL_LAUNCH_CHECK();
 }
 
 template <class In>
 void launch_by_keys(const Rows& a, cudaStream_t stream) {
-  by_keys<In><<<unsigned(a.R), THREADS, sizeof(KeyMemory), stream>>>(a);
+  by_keys<In><<<unsigned(a.R), KEY_THREADS, sizeof(KeyMemory), stream>>>(a);
   STD_CUDA_KERNEL_LAUNCH_CHECK();
 }
 

@@ -4,7 +4,8 @@
 //
 // by_counts, for 16-bit logits, reads the row once. Every number of the dtype within a window has a bin of its own in shared memory,
 //   and the row is counted into them. All else is a matter of a few thousand distinct numbers: masses are count × e^{(z − peak)/τ} in double,
-//   top-k and top-p are prefix sums over bins, entropies sums. A row the window does not suffice for is left pending.
+//   top-k and top-p are prefix sums over bins, entropies sums. A row with other numbers than those of the window, 0 and what has no weight is
+//   left pending. Where a number of no bin was met, the row is read once more to see which.
 // by_keys, for wider dtypes and pending rows, finds thresholds by radix passes over order-preserving integer keys: counts, or masses, of
 //   BINS equal intervals of keys, then the same again inside the interval that holds the threshold. A bin's mass is a sum of integers,
 //   each e^{(z − top of the bin)/τ} in fixed point, so it does not depend on the order of the atomics.
@@ -28,7 +29,10 @@ struct Rows {
   int window_low, window_high;  // magnitudes with a bin, as bits of the 16-bit dtype: [low, high), 0 has a bin anyway
 };
 
-constexpr int THREADS = 512, BINS = 2048;
+constexpr int COUNTING_THREADS = 512;  // the most; half of them where the bins leave room for more blocks
+constexpr int KEY_THREADS = 256, BINS = 2048;
+template <class In>
+constexpr int DEEP = sizeof(In) > 2 ? 2 : 1;
 constexpr double NO_WEIGHT = 200;  // e^{−200} is below the last digit of all that is written in float
 
 // One part of a row: Σ e^c and Σ e^c c of all its tokens but one at its peak. No token: the peak is −∞.
@@ -99,7 +103,7 @@ EK_DEVICE Key smallest_key(KeyMemory& m, const In* z, int V, Key low, Key high, 
       if (MASS) m.masses[b] = 0;
     }
     __syncthreads();
-    each<MASS ? 1 : 2>(z, V, [&](In x) {
+    each<MASS ? 1 : DEEP<In>>(z, V, [&](In x) {
       const Key key = key_of(widen(x));
       if (key < low || key > high) return;
       const int b = int((high - key) >> shift);
@@ -124,7 +128,7 @@ EK_DEVICE Key smallest_key(KeyMemory& m, const In* z, int V, Key low, Key high, 
 }
 
 template <class In>
-__global__ void __launch_bounds__(THREADS, 2) by_keys(Rows a) {
+__global__ void __launch_bounds__(KEY_THREADS, 3) by_keys(Rows a) {
   using T = typename Wide<In>::Number;
   using Key = typename Wide<In>::Key;
   EK_SHARED(memory);
@@ -140,7 +144,7 @@ __global__ void __launch_bounds__(THREADS, 2) by_keys(Rows a) {
   // The largest and the smallest key of a number above −∞, and how many there are; 2^31 and more: a NaN
   Key high = 0, low = ~Key(0);
   int finite = 0, nan = 0;
-  each<2>(z, V, [&](In x) {
+  each<DEEP<In>>(z, V, [&](In x) {
     const T v = widen(x);
     nan |= v != v;
     if (!(v > -T(HUGE_VAL))) return;
@@ -176,7 +180,7 @@ __global__ void __launch_bounds__(THREADS, 2) by_keys(Rows a) {
 
   Key tail_high = 0;
   int count = 0;
-  each<2>(z, V, [&](In x) {
+  each<DEEP<In>>(z, V, [&](In x) {
     const T v = widen(x);
     if (!(v > -T(HUGE_VAL))) return;
     const Key key = key_of(v);
@@ -214,7 +218,7 @@ __global__ void __launch_bounds__(THREADS, 2) by_keys(Rows a) {
 
 struct CountMemory {
   Together together;
-  uint32_t counts[1];  // 2 (high − low) + 1 of them, from the largest number of the window down
+  uint32_t counts[3];  // and 2 (high − low) more: what is above the window, its numbers from the largest down, what is below
 };
 
 constexpr int HAS_NAN = 1, OUTSIDE = 2;  // what a row has: a NaN; a number that has no bin and is not below the window
@@ -223,46 +227,46 @@ EK_DEVICE uint32_t bits_of_infinity(BFloat16) { return 0x7f80u; }
 EK_DEVICE uint32_t bits_of_infinity(Float16) { return 0x7c00u; }
 
 template <class In>
-__global__ void __launch_bounds__(THREADS, 2) by_counts(Rows a) {
+__global__ void __launch_bounds__(COUNTING_THREADS, 2) by_counts(Rows a) {
   EK_SHARED(memory);
   CountMemory& m = *reinterpret_cast<CountMemory*>(memory);
   Together& t = m.together;
-  uint32_t* counts = m.counts;
+  uint32_t* counts = m.counts + 1;
   const int64_t r = blockIdx.x;
   const In* z = static_cast<const In*>(a.z) + r * a.z_row;
   const int V = a.V, low = a.window_low, width = a.window_high - low, bins = 2 * width + 1;
   const double tau = double(static_cast<const float*>(a.tau)[r]), inv_tau = 1 / tau, p = a.p[r];
   const int64_t k = a.k[r];
 
-  // Bin b: positive numbers down to 2^low, 0, negative ones from there on
+  // Bin b: positive numbers down to the magnitude `low`, 0, negative ones from there on
   auto number = [&](int b) {
     const int from_zero = b < width ? width - 1 - b : b - width - 1;
     return b == width ? 0.0 : double(widen(In{uint16_t(low + from_zero + (b < width ? 0 : 0x8000))}));
   };
-  for (int b = threadIdx.x; b < bins; b += blockDim.x) counts[b] = 0;
-  if (threadIdx.x == 0) t.flags = 0, t.bin = bins;
+  for (int b = threadIdx.x; b < bins + 2; b += blockDim.x) m.counts[b] = 0;
+  if (threadIdx.x == 0) t.flags = 0;
   __syncthreads();
 
-  int below = 0, flags = 0;  // below: finite, but less than the window
+  // Every element into one bin, without a branch: smaller magnitudes than the window's to 0, larger ones to the bins beside it
   each<4>(z, V, [&](In x) {
-    const uint32_t magnitude = x.bits & 0x7fffu, from_zero = magnitude - uint32_t(low);
-    const bool negative = x.bits >> 15;
-    if (from_zero < uint32_t(width)) {
-      atomicAdd(&counts[negative ? width + 1 + int(from_zero) : width - 1 - int(from_zero)], 1u);
-    } else if (magnitude == 0) {
-      atomicAdd(&counts[width], 1u);
-    } else if (magnitude > bits_of_infinity(x)) {
-      flags |= HAS_NAN;
-    } else if (!negative || magnitude < uint32_t(low)) {
-      flags |= OUTSIDE;
-    } else if (magnitude != bits_of_infinity(x)) {
-      below++;
-    }
+    const int from_zero = min(max(int(x.bits & 0x7fffu) - (low - 1), 0), width + 1);
+    atomicAdd(&counts[width + (x.bits >> 15 ? from_zero : -from_zero)], 1u);
   });
-  if (flags) atomicOr(&t.flags, flags);
   __syncthreads();
-  flags = t.flags;
-  below = over_block(below, reinterpret_cast<int*>(t.keys), Sum());
+  int below = 0, flags = 0;  // below: finite, but less than the window
+  if (counts[-1] + counts[width] + counts[bins] > 0) {  // seldom: once more, to see what they are
+    each<1>(z, V, [&](In x) {
+      const uint32_t magnitude = x.bits & 0x7fffu, infinity = bits_of_infinity(x);
+      const bool negative = x.bits >> 15, beyond = magnitude >= uint32_t(low + width);
+      if (magnitude > infinity) flags |= HAS_NAN;
+      if (negative ? magnitude - 1 < uint32_t(low - 1) : magnitude - 1 < uint32_t(low - 1) || beyond) flags |= OUTSIDE;
+      if (negative && beyond && magnitude < infinity) below++;
+    });
+    if (flags) atomicOr(&t.flags, flags);
+    __syncthreads();
+    flags = t.flags;
+    below = over_block(below, reinterpret_cast<int*>(t.keys), Sum());
+  }
   if (flags & HAS_NAN || !(tau > 0 && tau < HUGE_VAL && k > 0 && p > 0)) {
     if (threadIdx.x == 0) a.pending[r] = 0;
     return write_lawless<In>(a, r);

@@ -17,7 +17,10 @@ from entropy_kernels.ops.truncated import TruncatedValues
 
 ROOT = Path(__file__).parents[2]
 NUMBER = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
-WINDOW = {torch.bfloat16: (0x3380, 0x4580), torch.float16: (1, 0x5000)}  # truncated.cu's; float16's as on small GPUs
+WINDOW = {
+    torch.bfloat16: (0x3380, 0x4580),
+    torch.float16: (1, 0x5000),
+}  # truncated.cu's; float16's as on small GPUs
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +40,10 @@ def on_cpu(tmp_path_factory):
         R, V = z.shape
         assert z.stride(1) == 1 and tau.dtype == wide and k.dtype == torch.int64 and p.dtype == torch.float64
         # whatever is not written is seen
-        out = [torch.full((R,), torch.nan if i != 3 else -7, dtype=torch.int64 if i == 3 else wide) for i in range(6)]
+        out = [
+            torch.full((R,), torch.nan if i != 3 else -7, dtype=torch.int64 if i == 3 else wide)
+            for i in range(6)
+        ]
         threshold = torch.full((R,), 12345.0, dtype=wide)
         pending = torch.full((R,), -7, dtype=torch.int32)
         pointer = ctypes.c_void_p
@@ -57,7 +63,9 @@ def on_cpu(tmp_path_factory):
 def settings(R, V, seed=0):
     """k and p of each row, of every kind: few, many, all; one, some and nearly all of the mass."""
     g = torch.Generator().manual_seed(seed)
-    k = torch.tensor([1, 2, 7, 50, 300, V // 2 + 1, V, V + 5])[torch.randint(0, 8, (R,), generator=g)].clamp_min(1)
+    k = torch.tensor([1, 2, 7, 50, 300, V // 2 + 1, V, V + 5])[
+        torch.randint(0, 8, (R,), generator=g)
+    ].clamp_min(1)
     p = torch.tensor([1e-6, 0.1, 0.5, 0.9, 0.999, 1 - 1e-9, 1.0, 1.0], dtype=torch.float64)
     return k, p[torch.randint(0, 8, (R,), generator=g)]
 
@@ -177,7 +185,9 @@ def test_agrees_with_the_c_plus_plus_of_the_cpu(on_cpu):
         want = cpu.truncated_values_of_rows(z, y, tau, k, p)
         assert torch.equal((z.to(threshold.dtype) >= threshold[:, None]), cpu.kept_set(z, tau, k, p))
         for g, w in zip(got, want, strict=True):
-            assert torch.allclose(g.double(), w.double(), rtol=1e-12 if dtype == torch.float64 else 3e-6, atol=0)
+            assert torch.allclose(
+                g.double(), w.double(), rtol=1e-12 if dtype == torch.float64 else 3e-6, atol=0
+            )
 
 
 @each_dtype
