@@ -1,4 +1,4 @@
-"""Top-k and top-p in CUDA against sorting in float64: on a GPU where there is one, and everywhere the same source on the CPU, fiber by fiber."""
+"""Top-k and top-p in CUDA against sorting in float64: natively on a GPU, and everywhere the same source on the CPU, fiber by fiber."""
 
 from __future__ import annotations
 
