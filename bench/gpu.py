@@ -129,6 +129,7 @@ def finish(name: str, result: Mapping[str, Any], lines: Sequence[str], choice: s
     if choice == "interpreter":
         print("\n".join(["A dry run: times below mean nothing.", "", *lines]))
         return
+    result["environment"]["clocks"].append(timing.clocks())  # cold at the start, warm now
     device = result["environment"]["device"].lower().replace("nvidia", "").split()
     timing.save("_".join([name, *device]), result, list(lines))
 

@@ -57,7 +57,7 @@ def measure(
 
 def spread(ms_of_rounds: list[float]) -> dict[str, float]:
     """Median and quartiles, and of how many rounds."""
-    low, median, high = statistics.quantiles(ms_of_rounds, n=4)
+    low, median, high = statistics.quantiles(ms_of_rounds, n=4, method="inclusive")
     return {
         "median_ms": median,
         "quartile_low_ms": low,
@@ -140,7 +140,23 @@ def environment(device: str) -> dict[str, Any]:
     }
     if device != "cpu":
         found["cuda"] = torch.version.cuda
+        found["clocks"] = [clocks()]
     return found
+
+
+def clocks() -> str | None:
+    """The GPU's clocks, temperature and power at this moment, as the driver's tool reports them."""
+    fields = "clocks.sm,clocks.mem,temperature.gpu,power.draw"
+    try:
+        found = subprocess.run(
+            ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader"],
+            capture_output=True,
+            text=True,
+            timeout=20,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return found.stdout.strip() or None
 
 
 def conditions(title: str, e: Mapping[str, Any]) -> list[str]:

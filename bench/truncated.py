@@ -89,8 +89,8 @@ def all_six(z: Tensor, y: Tensor, options: dict[str, float]) -> Outputs:
 
 
 def in_float64(z: Tensor, y: Tensor, options: dict[str, float]) -> tuple[Tensor, Outputs]:
-    one = torch.ones(len(z), dtype=torch.float64)
-    k = torch.full((len(z),), int(options.get("top_k", V)))
+    one = torch.ones(len(z), dtype=torch.float64, device=z.device)
+    k = torch.full((len(z),), int(options.get("top_k", z.shape[-1])), device=z.device)
     kept = truncated.kept_set(z.double(), one, k, one * options.get("top_p", 1.0))
     return kept, truncated.truncated_values(z.double(), kept, y, one)
 

@@ -1,0 +1,155 @@
+"""The benchmarks' own logic: who is timed, in what order, and that a GPU's benchmark runs from end to end without one."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+
+from bench import gpu, timing  # noqa: E402
+
+
+def test_contenders_take_turns_and_the_first_round_is_not_counted():
+    seen = []
+    calls = {name: (lambda name=name: seen.append(name)) for name in "ab"}
+    found = timing.measure(calls, 3, before={"b": lambda: seen.append("prepare")})
+    assert seen == ["a", "prepare", "b"] * 4 and found["a"]["rounds"] == 3
+
+
+def test_a_limit_ends_the_rounds_after_three():
+    calls = []
+    found = timing.measure({"slow": lambda: calls.append(1)}, 50, limit_s=0.0)
+    assert found["slow"]["rounds"] == 3 and len(calls) == 4
+
+
+def test_quartiles_lie_among_the_times():
+    found = timing.spread([1.0, 5.0])
+    assert 1 <= found["quartile_low_ms"] <= found["median_ms"] == 3 <= found["quartile_high_ms"] <= 5
+
+
+def contest(calls, truth=1.0):
+    return gpu.contest(
+        calls, lambda name, got: abs(got - truth), lambda name: 0.1, 2, "cpu", limit_s=1.0
+    )  # fmt: skip
+
+
+def test_what_is_wrong_or_fails_is_named_and_not_timed():
+    def out_of_memory():
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 4 GiB")
+
+    found = contest(
+        {"copy": lambda: 1.0, "ours": lambda: 1.0, "off": lambda: 1.2, "undefined": lambda: float("nan"), "big": out_of_memory}
+    )  # fmt: skip
+    assert list(found["timings"]) == ["copy", "ours"] and found["errors"]["off"] == pytest.approx(0.2)
+    assert found["left_out"] == {
+        "off": "wrong: relative error 2.0e-01 against float64",
+        "undefined": "wrong: relative error nan against float64",
+        "big": "OutOfMemoryError: CUDA out of memory. Tried to allocate 4 GiB",
+    }
+    gpu.add_bandwidth(found["timings"], lambda name: 10**6)
+    text = "\n".join(gpu.table("values", found))
+    assert "| ours |" in text and "| off |" not in text and "Not timed: big, OutOfMemoryError" in text
+    gpu.stop_if_wrong([{"beside_peers": {"values": found}}])
+
+
+def test_a_wrong_number_of_ours_ends_in_an_error_after_the_others_were_timed():
+    found = contest({"copy": lambda: 1.0, "ours": lambda: 2.0, "torch": lambda: 1.0})
+    assert list(found["timings"]) == ["copy", "torch"]
+    gpu.add_bandwidth(found["timings"], lambda name: 10**6)
+    assert "| torch |" in "\n".join(gpu.table("values", found))
+    with pytest.raises(SystemExit, match="ours, values: wrong"):
+        gpu.stop_if_wrong([{"beside_peers": {"values": found}}])
+
+
+def run(*arguments, **environment):
+    return subprocess.run(
+        [sys.executable, *arguments],
+        env=os.environ | {"PYTHONPATH": str(ROOT)} | environment,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+
+
+def test_a_gpu_is_asked_for_where_there_is_none():
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    done = run("-m", "bench", "rows", "--device", "cuda")
+    assert done.returncode == 1 and "torch sees no GPU here" in done.stderr
+    done = run("-m", "bench", "fisher", "--device", "cuda")
+    assert done.returncode == 2 and "fisher has no GPU version" in done.stderr
+
+
+HIDDEN = "trl datasets scipy pyarrow matplotlib pandas transformers peft safetensors accelerate liger_kernel verl flash_attn"
+_HIDE = f"""
+import sys
+class Hidden:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {HIDDEN.split()!r}:
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+sys.meta_path.insert(0, Hidden())
+"""
+
+
+def test_the_kernels_and_their_benchmarks_need_torch_and_triton_alone():
+    pytest.importorskip("triton")
+    code = _HIDE + (
+        "import bench.rows, bench.rows_gpu, bench.truncated_gpu, bench.gate, bench.peers, entropy_kernels.functional\n"
+        "print(*bench.peers.row_peers(True)[1])\n"
+        "sys.argv = ['bench', '--help']\n"
+        "import runpy; runpy.run_module('bench', run_name='__main__')"
+    )
+    done = run("-c", code)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("TRL verl flash-attn Liger\n") and "--device" in done.stdout
+
+
+_DRY = """
+import torch
+from bench import rows_gpu, truncated_gpu
+from bench.peers import Peer
+from bench.rows import eager
+from entropy_kernels.functional.rows import rows_from
+from entropy_kernels.ops import rows
+def half(z, y):
+    entropy, logprob = eager(z, y)
+    return entropy / 2, logprob
+rows_gpu.row_peers = lambda gpu: ({"half": Peer(function=half)}, {"absent": "does not import"})
+device = "cuda" if torch.cuda.is_available() else "cpu"
+shape = rows_gpu.one_shape(2, 130, torch.float32, 2, device)
+with rows_from(rows):
+    case = truncated_gpu.one_case((2, 130, "flat", torch.float32, {"top_k": 5}), 2, device)
+environment = {"device": "none", "threads": 1, "backend": "", "torch": "", "commit": None, "load_average": 0.0}
+print("\\n".join(rows_gpu.markdown({"environment": environment, "shapes": [shape]})))
+print("\\n".join(truncated_gpu.markdown({"environment": environment, "cases": [case]})))
+for line, found in {**shape["beside_peers"], **case["beside_peers"]}.items():
+    print("TIMED", line, *found["timings"], sep="; ")
+"""
+
+
+def test_the_gpu_benchmarks_run_from_end_to_end():
+    """Natively on a GPU, in the interpreter otherwise."""
+    pytest.importorskip("triton")
+    done = run("-c", _DRY, **({} if torch.cuda.is_available() else {"TRITON_INTERPRET": "1"}))
+    assert done.returncode == 0, done.stderr
+    timed = [line for line in done.stdout.splitlines() if line.startswith("TIMED")]
+    six = "copy; ours; ours, kept set alone; ours, entropy of the full row; torch; torch, all six; torch.compile"
+    assert timed == [
+        "TIMED; forward; copy; ours; eager; torch.compile",
+        "TIMED; gradient; copy; ours; eager; torch.compile",
+        "TIMED; tangents; copy; ours; eager",
+        "TIMED; tangent of the gradient; copy; ours; eager",
+        f"TIMED; values; {six}",
+        "TIMED; value and gradient; copy; ours; ours, set known; torch, set known",
+    ]
+    assert (
+        "Not timed: half, wrong: relative error" in done.stdout
+        and "Not timed: absent, does not import." in done.stdout
+    )
