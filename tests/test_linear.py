@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+import torch.autograd.forward_ad as fwAD
 from torch.func import grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
 
 from entropy_kernels import linear_entropy_logprob
@@ -99,6 +100,59 @@ def test_every_mode_equals_plain_autograd(mode, softcap):
     for expected, found in zip(run(plain), run(ours), strict=True):
         assert expected.abs().max() > 1e-3  # a tangent of zero would prove nothing
         torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-12 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("mode", ["forward", "forward over reverse", "reverse over forward", "both at once"])
+def test_dual_numbers_beside_the_tape(mode):
+    """`torch.autograd.forward_ad` with ordinary gradients: one level that has both a tangent and a tape."""
+    x, y, _u, v, c = problem(8)
+
+    def f(x):
+        return plain(x, y, 2.0)
+
+    def both(x):
+        value, tangent = jvp(f, (x,), (v,))
+        return (((value if mode == "both at once" else 1) * tangent).sin() * c).sum()
+
+    expected = {
+        "forward": lambda: [jvp(f, (x,), (v,))[1]],
+        "forward over reverse": lambda: jvp(grad(lambda x: (f(x).sin() * c).sum()), (x,), (v,))[1],
+    }.get(mode, lambda: grad(both)(x))()
+    taped = tuple(t.clone().requires_grad_() for t in x)
+    with fwAD.dual_level():
+        dual = ours([fwAD.make_dual(t, d) for t, d in zip(taped, v, strict=True)], y, 2.0)
+        value, tangent = fwAD.unpack_dual(dual)
+        if mode == "forward":
+            found = [tangent]
+        elif mode == "forward over reverse":
+            gradient = torch.autograd.grad((dual.sin() * c).sum(), taped, create_graph=True)
+            found = [fwAD.unpack_dual(t).tangent for t in gradient]
+        else:
+            product = (value if mode == "both at once" else 1) * tangent
+            found = torch.autograd.grad((product.sin() * c).sum(), taped)
+    for a, b in zip(found, expected, strict=True):
+        assert b.abs().max() > 1e-3
+        torch.testing.assert_close(a.detach(), b, rtol=1e-11, atol=1e-12 * float(b.abs().max()))
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_forward_mode_makes_the_logits_once(monkeypatch, inside):
+    """Values and tangents are three products a chunk; so they are where the direction of another level is moving too."""
+    (h, W, _b), y, u, v, _c = problem(9)
+    made = []
+    mm = torch.mm
+    monkeypatch.setattr(torch, "mm", lambda *a, **k: (made.append(a[0]), mm(*a, **k))[1])
+
+    def f(h, W):
+        return linear_entropy_logprob(h, W, y).entropy
+
+    if inside:
+        value, tangent = jvp(lambda W: jvp(lambda h: f(h, W), (h,), (v[0],))[1], (W,), (u[1],))
+        assert len(made) == 3  # values and tangents, their tangent: first along u, then along both
+    else:
+        value, tangent = jvp(f, (h, W), v[:2])
+        assert len(made) == 1
+    assert value.abs().min() > 0 and tangent.abs().min() > 0
 
 
 @pytest.mark.parametrize("moved", ["hidden", "weight", "bias"])

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import Function
+from torch.autograd.forward_ad import unpack_dual
 
 from entropy_kernels.ops import linear
 from entropy_kernels.ops.linear import Head, Point
@@ -52,6 +53,12 @@ def _scattered(found: tuple[Tensor, ...], wanted: tuple[bool, ...]) -> tuple[Ten
     return tuple(next(rest) if w else None for w in wanted)
 
 
+def _filled(w: tuple[Tensor | None, ...]) -> tuple[Tensor, ...]:
+    """Cotangents of three outputs, zero where there is none."""
+    like = next(t for t in w if t is not None)
+    return tuple(torch.zeros_like(like) if t is None else t for t in w)
+
+
 class _Values(Function):
     """(h, W, b) → F."""
 
@@ -78,6 +85,88 @@ class _Values(Function):
         wanted = tuple(ctx.needs_input_grad[:3])
         found = _Cotangents.apply(h, W, b, *w, y, tau, *ctx.constants, wanted)
         return *_scattered(found, wanted), None, None, None, None
+
+
+class _ValuesAndTangents(Function):
+    """(x, ẋ) → F, F'·ẋ from logits made once; the rules are those of the two."""
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> Any:
+        return _one_by_one(_ValuesAndTangents, info, in_dims, inputs)
+
+    @staticmethod
+    def forward(h: Tensor, W: Tensor, b: Any, dh: Any, dW: Any, db: Any, *shared: Any) -> tuple[Tensor, ...]:
+        values, tangents = linear.linear_values_and_tangents(_point((h, W, b), shared), Head(dh, dW, db))
+        return *values, *tangents
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        _keep(ctx, inputs[:8], inputs[8:])
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def jvp(ctx: Any, *u: Any) -> Any:
+        x, (y, tau) = ctx.saved_tensors[:3], ctx.saved_tensors[6:]
+        moved = any(t is not None for t in u[:3])
+        values = _Tangents.apply(*x, *u[:3], y, tau, *ctx.constants) if moved else (None,) * 3
+        return *values, *_Tangents.jvp(ctx, *u)
+
+    @staticmethod
+    def backward(ctx: Any, *w: Tensor | None) -> Any:
+        x, (y, tau) = ctx.saved_tensors[:3], ctx.saved_tensors[6:]
+        grads: list[Any] = [None] * 6
+        wanted = tuple(ctx.needs_input_grad[:3])
+        if any(t is not None for t in w[3:]):
+            grads = list(_Tangents.backward(ctx, *_filled(w[3:]))[:6])
+        if any(t is not None for t in w[:3]) and any(wanted):
+            found = _Cotangents.apply(*x, *_filled(w[:3]), y, tau, *ctx.constants, wanted)
+            for i, t in enumerate(_scattered(found, wanted)):
+                grads[i] = t if grads[i] is None else t if t is None else grads[i] + t
+        return *grads, None, None, None, None
+
+
+class _Given(Function):
+    """(x, F, F'·ẋ) → F, whose tangent at this level of forward mode is known already.
+
+    Tangents of other levels are F's own, and the gradient goes by way of x: F itself is a constant to it.
+    """
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> Any:
+        return _one_by_one(_Given, info, in_dims, inputs)
+
+    @staticmethod
+    def forward(h: Tensor, W: Tensor, b: Any, y: Tensor, tau: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+        return tuple(t.clone() for t in rest[:3])
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        _keep(ctx, (*inputs[:5], *inputs[8:11]), inputs[11:])
+        ctx.set_materialize_grads(False)  # no tangent is told from a tangent of zero
+
+    @staticmethod
+    def jvp(ctx: Any, *u: Any) -> Any:
+        return u[5:8] if u[5] is not None else ctx.saved_tensors[5:]
+
+    @staticmethod
+    def backward(ctx: Any, *w: Tensor | None) -> Any:
+        h, W, b, y, tau = ctx.saved_tensors[:5]
+        wanted = tuple(ctx.needs_input_grad[:3])
+        found: tuple[Tensor, ...] = ()
+        if any(wanted):
+            found = _Cotangents.apply(h, W, b, *_filled(w), y, tau, *ctx.constants, wanted)
+        return *_scattered(found, wanted), *(None,) * 10
+
+
+def _values(h: Tensor, W: Tensor, b: Tensor | None, *shared: Any) -> tuple[Tensor, ...]:
+    """F, and where forward mode is under way, its tangent from the same logits: a rule alone would make them again."""
+    duals = [None if t is None else unpack_dual(t) for t in (h, W, b)]
+    tangents = [None if d is None else d.tangent for d in duals]
+    if all(t is None for t in tangents):
+        return _Values.apply(h, W, b, *shared)
+    primals = [None if d is None else d.primal for d in duals]
+    both = _ValuesAndTangents.apply(*primals, *tangents, *shared)
+    return _Given.apply(h, W, b, *shared[:2], *both, *shared[2:])
 
 
 class _Tangents(Function):
@@ -250,15 +339,16 @@ def linear_entropy_logprob(
     y = flat_targets(name, targets, shape, size, ignore_index, hidden.device)
     tau = flat_temperature(name, temperature, hidden, shape)
     with torch.autocast(kind, enabled=False):
-        bias = None if bias is None else bias[:size]
-        head = (hidden.reshape(-1, hidden.shape[-1]), weight[:size], bias, y, tau, softcap, workspace)
+        if size < len(weight):  # a slice of all would have its gradient copied into one as large
+            weight, bias = weight[:size], None if bias is None else bias[:size]
+        head = (hidden.reshape(-1, hidden.shape[-1]), weight, bias, y, tau, softcap, workspace)
         if torch.compiler.is_compiling():
             from . import compiled
 
             compiled.refuse_dual_numbers(name)
             entropy, logprob, logsumexp = compiled.head(*head)
         else:
-            entropy, logprob, logsumexp = _Values.apply(*head)
+            entropy, logprob, logsumexp = _values(*head)
     return EntropyLogprob(
         entropy.reshape(shape), None if targets is None else logprob.reshape(shape), logsumexp.reshape(shape)
     )

@@ -60,6 +60,16 @@ def linear_tangents(x: Point, v: Head) -> RowValues:
     return out
 
 
+def linear_values_and_tangents(x: Point, v: Head) -> tuple[RowValues, RowValues]:
+    """F and F'(z)·ż of the same logits, made once."""
+    out, d_out = _empty(x), _empty(x)
+    for b, z, dz in _chunks(x, 2):
+        y, tau = x.targets[b], x.temperature[b]
+        _put(out, b, x.rows.row_values(z, y, tau))
+        _put(d_out, b, x.rows.row_tangents(z, _tangent(x, v, b, z, dz), y, tau))
+    return out, d_out
+
+
 def linear_second_tangents(x: Point, u: Head, v: Head) -> RowValues:
     """F''(z)[z_u, z_v] + F'(z)·z_uv, each [N]: the second derivative of F along u and v."""
     out = _empty(x)
@@ -77,7 +87,7 @@ def linear_second_tangents(x: Point, u: Head, v: Head) -> RowValues:
 def linear_cotangents(x: Point, weights: tuple[Tensor, ...], wanted: tuple[bool, bool, bool]) -> Head:
     """The gradient of Σ (q·H + g·logprob + l·logsumexp) with respect to (h, W, b), where wanted."""
     out = _zeros(x, wanted)
-    for b, z, *spare in _chunks(x, 1 + (x.softcap is not None)):
+    for b, z, *spare in _chunks(x, 1 + (x.softcap is not None), sums=True):
         da = spare[0] if spare else z  # without a soft cap the logits are not needed again
         x.rows.row_cotangents(z, x.targets[b], x.temperature[b], *(w[b] for w in weights), out=da)
         if x.softcap is not None:
@@ -95,7 +105,7 @@ def linear_cotangent_tangents(
 ) -> Head:
     """The tangent of `linear_cotangents` along v and the weights' tangents (q̇, ġ, l̇)."""
     out = _zeros(x, wanted)
-    for b, z, dz, da in _chunks(x, 3):
+    for b, z, dz, da in _chunks(x, 3, sums=True):
         y, tau = x.targets[b], x.temperature[b]
         q, dq = tuple(w[b] for w in weights), tuple(w[b] for w in d_weights)
         _tangent(x, v, b, z, dz)
@@ -112,16 +122,19 @@ def linear_cotangent_tangents(
     return _in_dtype(out, x.head)
 
 
-def _chunks(x: Point, buffers: int) -> Iterator[Any]:
+def _chunks(x: Point, buffers: int, *, sums: bool = False) -> Iterator[Any]:
     """(rows, their logits, further buffers of that size), allocated once for all chunks: at most 7/8 of `workspace` bytes.
 
-    The rest is for what the library's products allocate on their own.
+    The rest is for what the library's products allocate on their own. On the CPU products run at full speed from 256 rows on and fresh
+    memory costs time, so a chunk is no larger; but a gradient of the weight is read and written once a chunk (`sums`).
     """
     h, W, bias = x.head
     assert h is not None and W is not None
     temporaries = 0 if x.softcap is None else 2  # the slope, and a product with it
     row = max(1, (buffers + temporaries) * W.shape[0] * h.element_size())
     size = max(1, min(len(h), x.workspace * 7 // 8 // row))
+    if h.device.type == "cpu" and not sums:
+        size = min(size, 256)
     memory = h.new_empty((buffers, size, W.shape[0]))
     for start in range(0, len(h), size):
         b = slice(start, min(start + size, len(h)))
