@@ -48,6 +48,10 @@ def scaled(v, x):
     return tuple(a * b for a, b in zip(v, x, strict=True))
 
 
+def _pairs(u, v):
+    return tuple(torch.stack(pair) for pair in zip(u, v, strict=True))
+
+
 def tree(f, s):
     """Modes as functions of (f, s): f gives [3, N], s a scalar; x, u, v are (h, W, b) and two directions."""
     return {
@@ -70,9 +74,8 @@ def tree(f, s):
         "forward over forward, fixed inner": lambda x, u, v: jvp(lambda x: jvp(f, (x,), (v,))[1], (x,), (u,))[
             1
         ],
-        "vmap of forward": lambda x, u, v: vmap(lambda t: jvp(f, (x,), (t,))[1])(
-            tuple(torch.stack(pair) for pair in zip(u, v, strict=True))
-        ),
+        "vmap of forward": lambda x, u, v: vmap(lambda t: jvp(f, (x,), (t,))[1])(_pairs(u, v)),
+        "forward of vmap": lambda x, u, v: jvp(vmap(f), (_pairs(x, u),), (_pairs(u, v),))[1],
         "jacrev": lambda x, u, v: jacrev(f)(x),
         "jacfwd": lambda x, u, v: jacfwd(f)(x),
         "hessian": lambda x, u, v: hessian(s)(x),
