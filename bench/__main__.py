@@ -6,7 +6,7 @@ import argparse
 import importlib
 import os
 
-BENCHMARKS = ["rows", "linear", "truncated", "fisher", "fisher_size", "gate"]
+BENCHMARKS = ["rows", "linear", "truncated", "fisher", "fisher_size", "gate", "gate_head"]
 ON_GPU = {"rows": "rows_gpu", "truncated": "truncated_gpu"}  # benchmark: the module of its GPU version
 
 if __name__ == "__main__":
@@ -16,7 +16,7 @@ if __name__ == "__main__":
         "--repeats",
         type=int,
         default=7,
-        help="timed rounds; every contender runs once a round (gate times nothing)",
+        help="timed rounds; every contender runs once a round (the gates time nothing)",
     )
     parser.add_argument(
         "--device",
