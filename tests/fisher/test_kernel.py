@@ -11,7 +11,7 @@ from peft import LoraConfig, get_peft_model
 from entropy_kernels import fisher_cost, fisher_kernel, token_stats
 from entropy_kernels.errors import UserError
 from entropy_kernels.fisher import cost
-from entropy_kernels.fisher.capture import _two, survey
+from entropy_kernels.fisher.capture import _two, gradients, matrix_shape, survey
 from entropy_kernels.policy import Policy, TokenBatch, micro_batches
 
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -177,6 +177,18 @@ def test_small_budgets_take_more_passes_and_give_the_same():
         assert off(got, want) < 1e-10
     with pytest.raises(UserError, match="memory_budget: .*at least"):
         fisher_kernel(policy, batch, memory_budget=1e4)
+
+
+def test_factors_lie_together_and_shared_inputs_once():
+    policy = make("llama_tied")
+    batch = tiny.batch()
+    found = gradients(policy, batch, {name: (0, matrix_shape(p)[0]) for name, p in policy.params.items()})
+    terms = [term for samples in found.values() for sample in samples for term in sample]
+    assert len({x.untyped_storage().data_ptr() for term in terms for x in term}) == 1
+    q, k, o = (found[f"model.layers.0.self_attn.{name}_proj.weight"] for name in "qko")
+    for i in range(len(q)):
+        assert q[i][0].right.data_ptr() == k[i][0].right.data_ptr()  # q and k read the same
+        assert q[i][0].right.data_ptr() != o[i][0].right.data_ptr()
 
 
 def test_float32_is_close_to_float64_and_stays_float32():
