@@ -47,6 +47,20 @@ struct TruncatedArgs {
 };
 using TruncatedKernel = void (*)(const TruncatedArgs&, int64_t begin, int64_t end);
 
+// Rows in two parts: a kept set, given by `threshold` or by `kept`, and its tail.
+struct PartArgs {
+  int64_t R = 0, V = 0;
+  const void *z = nullptr, *dz = nullptr, *du = nullptr, *tau = nullptr, *threshold = nullptr;
+  const uint8_t* kept = nullptr;
+  int64_t z_stride = 0, dz_stride = 0, du_stride = 0, kept_stride = 0;
+  const int64_t* y = nullptr;
+  const double* weights[8] = {};  // q, g, l, h, then their tangents
+  double *values[4] = {}, *state = nullptr;
+  int64_t* count = nullptr;
+  void* out = nullptr;
+};
+using PartKernel = void (*)(const PartArgs&, int64_t begin, int64_t end);
+
 // Two bytes each, told apart by the type alone.
 struct BFloat16 {
   uint16_t bits;
@@ -75,6 +89,8 @@ namespace baseline {
 #include "simd.h"
 #include "row_stats.h"
 #include "row_kernels.h"
+#include "part_stats.h"
+#include "part_kernels.h"
 #include "truncated_kernels.h"
 #undef EK_FN
 #undef EK_LOOP
@@ -89,6 +105,8 @@ namespace avx2 {
 #include "simd.h"
 #include "row_stats.h"
 #include "row_kernels.h"
+#include "part_stats.h"
+#include "part_kernels.h"
 #include "truncated_kernels.h"
 #undef EK_FN
 #undef EK_LOOP
@@ -102,6 +120,8 @@ namespace avx512 {
 #include "simd.h"
 #include "row_stats.h"
 #include "row_kernels.h"
+#include "part_stats.h"
+#include "part_kernels.h"
 #include "truncated_kernels.h"
 #undef EK_FN
 #undef EK_LOOP
@@ -121,9 +141,13 @@ int64_t best_level() {
   return 0;
 }
 
-Kernel pick(Function function, Dtype dtype, int64_t level) {
+void check_level(int64_t level) {
   STD_TORCH_CHECK(level >= 0 && level <= best_level(), "rows: this processor has instruction levels 0..", best_level(),
                   ", got ", level);
+}
+
+Kernel pick(Function function, Dtype dtype, int64_t level) {
+  check_level(level);
 #if defined(__x86_64__)
   if (level == 2) return avx512::kernel_for(function, dtype);
   if (level == 1) return avx2::kernel_for(function, dtype);
@@ -132,8 +156,7 @@ Kernel pick(Function function, Dtype dtype, int64_t level) {
 }
 
 TruncatedKernel pick_truncated(Dtype dtype, int64_t level) {
-  STD_TORCH_CHECK(level >= 0 && level <= best_level(), "rows: this processor has instruction levels 0..", best_level(),
-                  ", got ", level);
+  check_level(level);
 #if defined(__x86_64__)
   if (level == 2) return avx512::truncated_kernel_for(dtype);
   if (level == 1) return avx2::truncated_kernel_for(dtype);
@@ -281,9 +304,12 @@ void truncated_values(const Tensor& z, const Tensor& y, const Tensor& tau, const
   over_rows(pick_truncated(z.scalar_type(), level), a);
 }
 
+#include "part_ops.h"
+
 }  // namespace
 
 #define EK_OUT "Tensor(a!) entropy, Tensor(b!) logprob, Tensor(c!) logsumexp, int level) -> ()"
+#define EK_PARTS "Tensor(a!) entropy, Tensor(b!) logprob, Tensor(c!) log_odds, Tensor(d!) tail_entropy"
 
 STABLE_TORCH_LIBRARY(entropy_kernels, m) {
   m.def("best_level() -> int");
@@ -299,6 +325,17 @@ STABLE_TORCH_LIBRARY(entropy_kernels, m) {
       "truncated_values(Tensor z, Tensor y, Tensor tau, Tensor top_k, Tensor top_p, Tensor(a!) threshold, Tensor(b!) entropy, "
       "Tensor(c!) logprob, Tensor(d!) kept_mass, Tensor(e!) kept_count, Tensor(f!) tail_entropy, Tensor(g!) full_entropy, "
       "int level) -> ()");
+  m.def(
+      "part_values(Tensor z, Tensor kept, Tensor y, Tensor tau, " EK_PARTS
+      ", Tensor(e!) kept_count, Tensor(f!) state, int level) -> ()");
+  m.def("part_tangents(Tensor z, Tensor kept, Tensor dz, Tensor y, Tensor tau, " EK_PARTS ", int level) -> ()");
+  m.def("part_second_tangents(Tensor z, Tensor kept, Tensor du, Tensor dz, Tensor y, Tensor tau, " EK_PARTS ", int level) -> ()");
+  m.def(
+      "part_cotangents(Tensor z, Tensor kept, Tensor y, Tensor tau, Tensor state, Tensor q, Tensor g, Tensor l, Tensor h, "
+      "Tensor(a!) out, int level) -> ()");
+  m.def(
+      "part_cotangent_tangents(Tensor z, Tensor kept, Tensor dz, Tensor y, Tensor tau, Tensor q, Tensor g, Tensor l, Tensor h, "
+      "Tensor dq, Tensor dg, Tensor dl, Tensor dh, Tensor(a!) out, int level) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(entropy_kernels, CompositeExplicitAutograd, m) { m.impl("best_level", TORCH_BOX(&best_level)); }
@@ -311,4 +348,9 @@ STABLE_TORCH_LIBRARY_IMPL(entropy_kernels, CPU, m) {
   m.impl("row_cotangent_tangents", TORCH_BOX(&cotangent_tangents));
   m.impl("row_thresholds", TORCH_BOX(&thresholds));
   m.impl("truncated_values", TORCH_BOX(&truncated_values));
+  m.impl("part_values", TORCH_BOX(&part_values));
+  m.impl("part_tangents", TORCH_BOX(&part_tangents));
+  m.impl("part_second_tangents", TORCH_BOX(&part_second_tangents));
+  m.impl("part_cotangents", TORCH_BOX(&part_cotangents));
+  m.impl("part_cotangent_tangents", TORCH_BOX(&part_cotangent_tangents));
 }

@@ -1,15 +1,14 @@
 r"""Entropy and logprob of rows truncated by top-k or top-p, with every derivative at a fixed kept set S.
 
-Everything is a row of `rows` again. With rows restricted to S and to the tail (−∞ elsewhere),
+From the four numbers of a row in two parts (`parts`), all at a fixed S, everything else follows without looking at the row again:
 
-    entropy = H(z_S)      logprob = log p_y(z_S)      tail entropy = H(z_T)      s = 1/(1 + e^{lse(z_T) − lse(z_S)})
+    s = 1/(1 + e^−λ),  ε = 1/(1 + e^λ)      H(p) = s·entropy + ε·tail entropy − s log s − ε log ε      λ the log-odds of S
 
-so the four Functions of `rows` give all derivatives, and s keeps its digits where it is tiny as well as where 1 − s is. The two
-logsumexps are counted each from its own largest logit y*, as z_y*/τ − log p_y*, lest a common shift cost digits of their difference.
+in float64 and without a cancellation, so s keeps its digits where it is tiny as well as where ε is. Their derivatives are torch's own.
 
-Kept sets are found in C++ on the CPU and in Triton on a GPU, without sorting; elsewhere, and for float64 on a GPU, plain torch sorts.
-Where no derivative is asked for and top-k or top-p define the set, the C++ function gives the values too, without a mask or a masked
-copy of the logits.
+Kept sets are found as thresholds, in C++ on the CPU and in Triton on a GPU, without sorting; elsewhere, and for float64 on a GPU, plain
+torch sorts. Where no derivative is asked for and top-k or top-p define the set, the C++ function gives all values at once. Neither a mask
+nor a masked copy of the logits is made.
 """
 
 from __future__ import annotations
@@ -20,10 +19,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.autograd import Function, forward_ad
+from torch.nn.functional import logsigmoid
 
 from entropy_kernels.ops import truncated
 from entropy_kernels.ops.reference import compute_dtype
 
+from . import parts
 from .arguments import (
     check_logits,
     check_values,
@@ -32,7 +33,7 @@ from .arguments import (
     refuse_compiling,
     vocabulary_size,
 )
-from .rows import _over_rows, _Values, row_functions
+from .rows import _over_rows, row_functions
 
 
 class TruncatedEntropy(NamedTuple):
@@ -68,6 +69,26 @@ class _KeptSet(Function):
     @staticmethod
     def forward(z: Tensor, tau: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
         return _set_functions(z.device).kept_set(z, tau, top_k, top_p)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.mark_non_differentiable(output)
+
+    @staticmethod
+    def jvp(ctx: Any, *_: Any) -> None:
+        return None
+
+
+class _Thresholds(Function):
+    """(z, τ, k, p) → the smallest kept logit of each row: no derivative, and more rows under vmap."""
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> Any:
+        return _over_rows(_Thresholds, in_dims, inputs)
+
+    @staticmethod
+    def forward(z: Tensor, tau: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
+        return parts.part_functions(z.device).thresholds(z, tau, top_k, top_p)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -153,17 +174,17 @@ def truncated_entropy(
     y = flat_targets(name, targets, shape, V, ignore_index, logits.device)
     tau = flat_temperature(name, temperature, logits, shape)
     z = logits.reshape(shape.numel(), V)
-    parts: tuple[Tensor, ...]
+    found: tuple[Tensor, ...]
     if kept is not None:
-        parts = _parts(z, _replayed(name, logits, kept, top_k, top_p), y, tau)
+        found = _of_parts(z, _replayed(name, logits, kept, top_k, top_p), y, tau)
     else:
         k, p = _truncation(name, logits, top_k, top_p)
         ops = _set_functions(logits.device)
         if hasattr(ops, "truncated_values_of_rows") and not _is_differentiated(logits):
-            parts = ops.truncated_values_of_rows(z, y, tau, k, p)
+            found = ops.truncated_values_of_rows(z, y, tau, k, p)
         else:
-            parts = _parts(z, _KeptSet.apply(z, tau, k, p), y, tau)
-    result = TruncatedEntropy(*(x.reshape(shape) for x in parts))
+            found = _of_parts(z, _Thresholds.apply(z, tau, k, p), y, tau)
+    result = TruncatedEntropy(*(x.reshape(shape) for x in found))
     return result if targets is not None else result._replace(logprob=None)
 
 
@@ -176,54 +197,20 @@ def _is_differentiated(x: Tensor) -> bool:
     )
 
 
-def _parts(z: Tensor, S: Tensor, y: Tensor, tau: Tensor) -> tuple[Tensor, ...]:
-    """The fields of TruncatedEntropy, [R] each, from differentiable functions of z."""
-    full_entropy = _Values.apply(z, torch.full_like(y, -1), tau)[0]
-    undefined = full_entropy.detach().isnan()  # a row without a law
-    inside = _part_of_row(torch.where(S, z, -torch.inf), z, tau)
-    outside = _part_of_row(torch.where(S, -torch.inf, z), z, tau)
-
-    cut = (y >= 0) & ~S.gather(-1, y.clamp_min(0).unsqueeze(-1)).squeeze(-1)
-    entropy, logprob, _, _ = _Values.apply(inside.row, torch.where(cut, -1, y), tau)
-    logprob = torch.where(cut, -torch.inf, logprob)
-    logprob = torch.where(inside.empty & (y >= 0), torch.nan, logprob)
-    entropy = torch.where(inside.empty, torch.nan, entropy)
-    tail_entropy = torch.where(undefined, torch.nan, outside.entropy)
-
-    # lse(z_S) − lse(z_T), each counted from its own largest logit
-    log_odds = (inside.z_peak - outside.z_peak) / tau + (inside.log_norm - outside.log_norm)
-    log_odds = torch.where(outside.empty, torch.inf, torch.where(inside.empty, -torch.inf, log_odds))
-    kept_mass = torch.where(undefined, torch.nan, log_odds.sigmoid())
-    return entropy, logprob, kept_mass, S.sum(-1, dtype=torch.int32).long(), tail_entropy, full_entropy
-
-
-class _Part(NamedTuple):
-    """A row restricted to some tokens [R, V]; its entropy, its largest logit and log Σ e^c with c counted from there, each [R]."""
-
-    row: Tensor
-    entropy: Tensor
-    log_norm: Tensor
-    z_peak: Tensor
-    empty: Tensor  # no token, or only such as have probability 0
-
-
-def _part_of_row(row: Tensor, z: Tensor, tau: Tensor) -> _Part:
-    """From the logits with −∞ outside the part. An empty part is replaced by one token, of entropy 0 and without a derivative."""
-    peak = row.detach().argmax(-1, keepdim=True)
-    empty = row.detach().gather(-1, peak) == -torch.inf
-    if torch._C._functorch.is_batchedtensor(empty) or bool(
-        empty.any()
-    ):  # a copy, which most rows do not need
-        row = row.scatter(
-            -1, peak, torch.where(empty, torch.zeros_like(empty, dtype=row.dtype), row.gather(-1, peak))
-        )
-    entropy, log_p_peak, _, _ = _Values.apply(row, peak.squeeze(-1), tau)
-    z_peak = torch.where(empty.squeeze(-1), 0.0, _pick(z, peak))
-    return _Part(row, entropy, -log_p_peak, z_peak, empty.squeeze(-1))
-
-
-def _pick(z: Tensor, column: Tensor) -> Tensor:
-    return z.gather(-1, column).squeeze(-1).to(compute_dtype(z.dtype))
+def _of_parts(z: Tensor, kept: Tensor, y: Tensor, tau: Tensor) -> tuple[Tensor, ...]:
+    """The fields of TruncatedEntropy, [R] each, from differentiable functions of z; `kept` a threshold a row or bool [R, V]."""
+    entropy, logprob, log_odds, tail_entropy, count, _ = parts._Values.apply(z, kept, y, tau)
+    undefined, all_kept, none_kept = log_odds.isnan(), log_odds == torch.inf, log_odds == -torch.inf
+    odds = torch.where(log_odds.isfinite(), log_odds, 0.0)
+    s, eps = odds.sigmoid(), (-odds).sigmoid()
+    inside = torch.where(none_kept, 0.0, entropy)
+    full = s * (inside - logsigmoid(odds)) + eps * (tail_entropy - logsigmoid(-odds))
+    full = torch.where(all_kept, entropy, torch.where(none_kept, tail_entropy, full))
+    s = torch.where(all_kept, 1.0, torch.where(none_kept, 0.0, s))
+    s, full, tail_entropy = (torch.where(undefined, torch.nan, x) for x in (s, full, tail_entropy))
+    wide = compute_dtype(z.dtype)
+    entropy, logprob, s, tail_entropy, full = (x.to(wide) for x in (entropy, logprob, s, tail_entropy, full))
+    return entropy, logprob, s, count, tail_entropy, full
 
 
 def _replayed(name: str, logits: Tensor, kept: Tensor, top_k: object, top_p: object) -> Tensor:

@@ -42,10 +42,16 @@ def kept_set(z: Tensor, tau: Tensor, top_k: Tensor | None, top_p: Tensor | None)
 
     A row without a law (a NaN; a temperature or a largest logit that is infinite) keeps nothing.
     """
+    t = thresholds(z, tau, top_k, top_p).unsqueeze(-1)
+    return (z >= t) & (z > -torch.inf)
+
+
+def thresholds(z: Tensor, tau: Tensor, top_k: Tensor | None, top_p: Tensor | None) -> Tensor:
+    """The smallest kept logit [R] in the compute dtype, −∞ where every token is kept, NaN for a row without a law."""
     parts = []
     for b in reference._blocks(z):
-        t = _threshold(z[b], tau[b], None if top_k is None else top_k[b], None if top_p is None else top_p[b])
-        parts.append((z[b] >= t) & (z[b] > -torch.inf))
+        k, p = (None if x is None else x[b] for x in (top_k, top_p))
+        parts.append(_threshold(z[b], tau[b], k, p).squeeze(-1).to(reference.compute_dtype(z.dtype)))
     return torch.cat(parts)
 
 
