@@ -6,9 +6,9 @@ From the four numbers of a row in two parts (`parts`), all at a fixed S, everyth
 
 in float64 and without a cancellation, so s keeps its digits where it is tiny as well as where ε is. Their derivatives are torch's own.
 
-Kept sets are found as thresholds, in C++ on the CPU and in Triton on a GPU, without sorting; elsewhere, and for float64 on a GPU, plain
-torch sorts. Where no derivative is asked for and top-k or top-p define the set, the C++ function gives all values at once. Neither a mask
-nor a masked copy of the logits is made.
+Kept sets are found as thresholds without sorting: in C++ on the CPU, in CUDA C++ on a GPU whose machine has nvcc, else in Triton (where
+plain torch sorts float64); elsewhere plain torch sorts. Where no derivative is asked for and top-k or top-p define the set, the C++
+functions give all values at once. Neither a mask nor a masked copy of the logits is made.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.autograd import Function, forward_ad
 from torch.nn.functional import logsigmoid
 
-from entropy_kernels.ops import truncated
+from entropy_kernels.ops import cuda, truncated
 from entropy_kernels.ops.reference import compute_dtype
 
 from . import parts
@@ -33,7 +33,7 @@ from .arguments import (
     refuse_compiling,
     vocabulary_size,
 )
-from .rows import _over_rows, row_functions
+from .rows import _chosen, _over_rows, row_functions
 
 
 class TruncatedEntropy(NamedTuple):
@@ -48,7 +48,9 @@ class TruncatedEntropy(NamedTuple):
 
 
 def _set_functions(device: torch.device) -> ModuleType:
-    """What finds kept sets on a device: the file of its row functions, or plain torch where that has no such function."""
+    """What finds kept sets on a device: CUDA C++ where it can be had, the file of its row functions, or plain torch."""
+    if device.type == "cuda" and not _chosen and cuda.available():
+        return cuda
     ops = row_functions(device)
     return ops if hasattr(ops, "kept_set") else truncated
 
@@ -88,7 +90,8 @@ class _Thresholds(Function):
 
     @staticmethod
     def forward(z: Tensor, tau: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
-        return parts.part_functions(z.device).thresholds(z, tau, top_k, top_p)
+        ops = _set_functions(z.device)
+        return (ops if ops is cuda else parts.part_functions(z.device)).thresholds(z, tau, top_k, top_p)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:

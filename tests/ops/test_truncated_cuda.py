@@ -5,17 +5,21 @@ from __future__ import annotations
 import ctypes
 import os
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from row_cases import case, each_dtype, special_rows
 
-from entropy_kernels.ops import cpu, truncated
+from entropy_kernels.functional import truncated as functional
+from entropy_kernels.functional.rows import rows_from
+from entropy_kernels.ops import cpu, cuda, truncated
 from entropy_kernels.ops.reference import compute_dtype
 from entropy_kernels.ops.truncated import TruncatedValues
 
 ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT))  # for bench
 NUMBER = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
 WINDOW = {
     torch.bfloat16: (0x3380, 0x4580),
@@ -23,9 +27,27 @@ WINDOW = {
 }  # truncated.cu's; float16's as on small GPUs
 
 
-@pytest.fixture(scope="module")
-def on_cpu(tmp_path_factory):
-    """csrc/truncated.cuh through g++, as a function like `cpu.truncated_values_of_rows` that gives the thresholds too."""
+def natively(z, y, tau, k, p, *, keys_alone=False, **_):
+    """ops/cuda.py's two functions on the GPU; what belongs to the fibers is passed over."""
+    if keys_alone:
+        pytest.skip("the operator decides which rows go by keys")
+    on_gpu = torch.empty(z.untyped_storage().nbytes() // z.element_size(), dtype=z.dtype, device="cuda")
+    z = on_gpu.as_strided(z.shape, z.stride(), z.storage_offset()).copy_(z)  # as it starts and strides here
+    y, tau, k, p = (x.cuda() for x in (y, tau, k, p))
+    values = TruncatedValues(*(x.cpu() for x in cuda.truncated_values_of_rows(z, y, tau, k, p)))
+    kept = cuda.kept_set(z, tau, k, p)
+    smallest = torch.where(kept, z, torch.inf).amin(-1).to(tau.dtype)
+    smallest = torch.where(kept.any(-1), smallest, torch.nan)
+    return values, smallest.cpu(), None
+
+
+@pytest.fixture(scope="module", params=["fibers", "GPU"] if torch.cuda.is_available() else ["fibers"])
+def run_rows(request, tmp_path_factory):
+    """csrc/truncated.cuh through g++, or on the GPU: like `cpu.truncated_values_of_rows`, with thresholds and pending rows."""
+    if request.param == "GPU":
+        if not cuda.available():
+            pytest.skip("no nvcc beside the GPU, or no torch with CUDA")
+        return natively
     library = tmp_path_factory.mktemp("cuda_on_cpu") / "truncated.so"
     flags = "-std=c++17 -O2 -fPIC -shared -Wno-unknown-pragmas -U_FORTIFY_SOURCE".split()
     source = ROOT / "tests/ops/cuda_on_cpu/truncated.cpp"
@@ -33,7 +55,8 @@ def on_cpu(tmp_path_factory):
         subprocess.run([os.environ.get("CXX", "c++"), *flags, source, "-o", library], check=True)
     except OSError as error:
         pytest.skip(f"no C++ compiler ({error})")
-    function = ctypes.CDLL(str(library)).truncated_rows
+    loaded = ctypes.CDLL(str(library))
+    function = loaded.truncated_rows
 
     def run(z, y, tau, k, p, *, threads=64, seed=0, keys_alone=False, window=None):
         wide = compute_dtype(z.dtype)
@@ -57,6 +80,7 @@ def on_cpu(tmp_path_factory):
         )  # fmt: skip
         return TruncatedValues(*out), threshold, pending if by_counts else None
 
+    run.memory = loaded.key_memory(), loaded.count_memory()
     return run
 
 
@@ -87,20 +111,20 @@ def assert_truncated(found, z, y, tau, k, p, dtype, rtol=2e-7):
 
 @each_dtype
 @pytest.mark.parametrize("V", [1, 2, 7, 252, 2048, 4103])
-def test_equals_sorting_in_float64(on_cpu, dtype, V):
+def test_equals_sorting_in_float64(run_rows, dtype, V):
     R = 12
     z, _, _, y, tau, _ = case(R, V, dtype)
     k, p = settings(R, V)
-    assert_truncated(on_cpu(z, y, tau, k, p), z, y, tau, k, p, dtype)
+    assert_truncated(run_rows(z, y, tau, k, p), z, y, tau, k, p, dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_full_rows_with_the_threads_of_a_launch(on_cpu, dtype):
+def test_full_rows_with_the_threads_of_a_launch(run_rows, dtype):
     z, _, _, y, tau, _ = case(3, 151936, dtype)
     k, p = torch.tensor([50, 151936, 5000]), torch.tensor([1.0, 0.9, 0.99], dtype=torch.float64)
-    found = on_cpu(z, y, tau, k, p, threads=512)
+    found = run_rows(z, y, tau, k, p, threads=512)
     assert_truncated(found, z, y, tau, k, p, dtype)
-    if dtype == torch.bfloat16:
+    if found[2] is not None:
         assert not found[2].any()  # all by counts
 
 
@@ -109,14 +133,14 @@ def test_full_rows_with_the_threads_of_a_launch(on_cpu, dtype):
 @pytest.mark.parametrize(
     "k, p", [(1, 1.0), (3, 0.5), (40, 1.0), (2300, 0.3), (2300, 0.999), (2300, 1.0), (1000, 0.9), (2299, 0.9)]
 )
-def test_hard_rows(on_cpu, dtype, keys_alone, k, p):
+def test_hard_rows(run_rows, dtype, keys_alone, k, p):
     """Rising, tied, uniform, masked, peaked at both ends, shifted by 1e4, most weights vanishing."""
     z, _, _, y, tau, _ = special_rows(dtype)
     k, p = torch.full((12,), k), torch.full((12,), p, dtype=torch.float64)
-    assert_truncated(on_cpu(z, y, tau, k, p, keys_alone=keys_alone), z, y, tau, k, p, dtype)
+    assert_truncated(run_rows(z, y, tau, k, p, keys_alone=keys_alone), z, y, tau, k, p, dtype)
 
 
-def test_which_rows_are_left_pending(on_cpu):
+def test_which_rows_are_left_pending(run_rows):
     """A number the window has no bin for, a threshold or a tail below it: by keys; masks of −∞ and far below: by counts."""
     z = (torch.randn(9, 900, generator=torch.Generator().manual_seed(1)) * 3).to(torch.bfloat16)
     z[1, 5], z[2, 5] = 1e-12, 5000.0
@@ -126,13 +150,14 @@ def test_which_rows_are_left_pending(on_cpu):
     k = torch.tensor([9, 9, 9, 9, 9, 850, 900, 1, 1])
     p = torch.full((9,), 0.9, dtype=torch.float64)
     y, tau = torch.tensor([5, 5, 5, 899, 5, 5, 5, 3, 0]), torch.full((9,), 0.8)
-    found = on_cpu(z, y, tau, k, p)
-    assert found[2].bool().tolist() == [False, True, True, False, False, True, True, True, False]
+    found = run_rows(z, y, tau, k, p)
+    if found[2] is not None:
+        assert found[2].bool().tolist() == [False, True, True, False, False, True, True, True, False]
     assert_truncated(found, z, y, tau, k, p, torch.bfloat16)
 
 
 @each_dtype
-def test_ties_at_the_threshold_and_zeros_of_either_sign(on_cpu, dtype):
+def test_ties_at_the_threshold_and_zeros_of_either_sign(run_rows, dtype):
     z = torch.zeros(4, 6000, dtype=dtype)
     z[0, ::2] = -0.0
     z[1, :10], z[2, 5:8], z[3, 7] = 3.0, -1.0, 9.0
@@ -140,14 +165,14 @@ def test_ties_at_the_threshold_and_zeros_of_either_sign(on_cpu, dtype):
     for k, p in [(1, 1.0), (11, 1.0), (6000, 0.5), (6000, 0.99), (20, 0.3)]:
         k, p = torch.full((4,), k), torch.full((4,), p, dtype=torch.float64)
         for keys_alone in (False, True):
-            found = on_cpu(z, y, tau, k, p, keys_alone=keys_alone)
+            found = run_rows(z, y, tau, k, p, keys_alone=keys_alone)
             assert_truncated(found, z, y, tau, k, p, dtype)
     assert found[0].kept_count.tolist() == [6000, 6000, 5997, 1]
 
 
 @pytest.mark.parametrize("gap", [2.0, 5.0, 30.0, 100.0, 1000.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_peaked_tails_and_tails_far_below(on_cpu, gap, dtype):
+def test_peaked_tails_and_tails_far_below(run_rows, gap, dtype):
     """One token, a gap, another, a gap, the rest: every way in which a sum counted from the wrong place loses the tail."""
     z = torch.randn(6, 3000, generator=torch.Generator().manual_seed(1))
     z[:, 17] = 2 * gap + 8
@@ -158,11 +183,11 @@ def test_peaked_tails_and_tails_far_below(on_cpu, gap, dtype):
     y, tau = torch.tensor([17, 400, 3, -1, 17, 17]), torch.ones(6)
     for k, p in [(1, 1.0), (2, 1.0), (3, 1.0), (5, 1.0), (3000, 0.3), (3000, 0.999), (3000, 1 - 1e-12)]:
         k, p = torch.full((6,), k), torch.full((6,), p, dtype=torch.float64)
-        assert_truncated(on_cpu(z, y, tau, k, p), z, y, tau, k, p, dtype)
+        assert_truncated(run_rows(z, y, tau, k, p), z, y, tau, k, p, dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
-def test_a_close_crossing_is_decided_as_in_float64(on_cpu, dtype):
+def test_a_close_crossing_is_decided_as_in_float64(run_rows, dtype):
     z = (torch.randn(5, 6000, generator=torch.Generator().manual_seed(5)) * 0.01).to(dtype)
     y, tau = torch.zeros(5, dtype=torch.int64), torch.ones(5, dtype=compute_dtype(dtype))
     k = torch.full((5,), 6000)
@@ -170,18 +195,18 @@ def test_a_close_crossing_is_decided_as_in_float64(on_cpu, dtype):
     up_to = (ordered == ordered[:, 3456:3457]).cumsum(-1).argmax(-1, keepdim=True)  # the last of its ties
     mass = ordered.softmax(-1).cumsum(-1).gather(-1, up_to)[:, 0]
     for offset in (-1e-10, 1e-10):
-        found = on_cpu(z, y, tau, k, mass * (1 + offset))
+        found = run_rows(z, y, tau, k, mass * (1 + offset))
         assert_truncated(found, z, y, tau, k, mass * (1 + offset), dtype)
         assert ((found[0].kept_count > up_to[:, 0] + 1) == (offset > 0)).all()
 
 
-def test_agrees_with_the_c_plus_plus_of_the_cpu(on_cpu):
+def test_agrees_with_the_c_plus_plus_of_the_cpu(run_rows):
     if cpu.backend() == "plain torch":
         pytest.skip("no library of the CPU rows")
     for dtype in NUMBER:
         z, _, _, y, tau, _ = case(16, 5003, dtype)
         k, p = settings(16, 5003, seed=9)
-        got, threshold, _ = on_cpu(z, y, tau, k, p)
+        got, threshold, _ = run_rows(z, y, tau, k, p)
         want = cpu.truncated_values_of_rows(z, y, tau, k, p)
         assert torch.equal((z.to(threshold.dtype) >= threshold[:, None]), cpu.kept_set(z, tau, k, p))
         for g, w in zip(got, want, strict=True):
@@ -191,7 +216,7 @@ def test_agrees_with_the_c_plus_plus_of_the_cpu(on_cpu):
 
 
 @each_dtype
-def test_rows_without_a_law(on_cpu, dtype):
+def test_rows_without_a_law(run_rows, dtype):
     z = torch.randn(9, 700, generator=torch.Generator().manual_seed(0)).to(dtype)
     z[0, 699], z[1, 5], z[2], z[3, 300:] = torch.nan, torch.inf, -torch.inf, -torch.inf
     y = torch.zeros(9, dtype=torch.int64)
@@ -200,7 +225,7 @@ def test_rows_without_a_law(on_cpu, dtype):
     tau[5:] = torch.tensor([torch.nan, -1.0, 0.0, torch.inf])
     k, p = torch.full((9,), 10), torch.full((9,), 0.9, dtype=torch.float64)
     for keys_alone in (False, True):
-        got, threshold, _ = on_cpu(z, y, tau, k, p, keys_alone=keys_alone)
+        got, threshold, _ = run_rows(z, y, tau, k, p, keys_alone=keys_alone)
         undefined = [True, True, True, False, False, True, True, True, True]
         for x in (got.entropy, got.kept_mass, got.tail_entropy, got.full_entropy, threshold):
             assert x.isnan().tolist() == undefined
@@ -209,17 +234,61 @@ def test_rows_without_a_law(on_cpu, dtype):
 
 
 @each_dtype
-def test_any_start_no_neighbour_no_order_of_threads(on_cpu, dtype):
+def test_any_start_no_neighbour_no_order_of_threads(run_rows, dtype):
     """Rows that start off a 16-byte border, alone or among others, threads and atomics in any order: the same bits."""
     z, _, _, y, tau, _ = case(6, 3001, dtype)
     k, p = settings(6, 3001, seed=3)
-    want = torch.stack([x.double() for x in on_cpu(z, y, tau, k, p)[0]])
+    want = torch.stack([x.double() for x in run_rows(z, y, tau, k, p)[0]])
     assert want.isfinite().sum() > 24
     padded = torch.full((6, 3040), torch.nan, dtype=dtype)
     padded[:, 19:3020] = z
     for seed in (1, 2):
-        got = on_cpu(padded[:, 19:3020], y, tau, k, p, seed=seed)[0]
+        got = run_rows(padded[:, 19:3020], y, tau, k, p, seed=seed)[0]
         assert torch.equal(torch.stack([x.double() for x in got]), want)
     for r in range(6):
-        one = on_cpu(*(x[r : r + 1].clone() for x in (z, y, tau, k, p)))[0]
+        one = run_rows(*(x[r : r + 1].clone() for x in (z, y, tau, k, p)))[0]
         assert torch.equal(torch.stack([x.double() for x in one])[:, 0], want[:, r])
+
+
+def test_the_gate_knows_the_memory_of_a_block(run_rows):
+    if run_rows is not natively:
+        from bench import gate_cuda
+
+        assert run_rows.memory == (gate_cuda.KEY_MEMORY, gate_cuda.COUNT_MEMORY)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="they run on the GPU")
+def test_the_same_cases_natively():
+    pytest.skip("no GPU: the cases above ran on fibers alone")
+
+
+def test_where_kept_sets_come_from(monkeypatch):
+    device = torch.device("cuda")
+    triton_rows = pytest.importorskip("entropy_kernels.ops.rows")
+    for there, chosen in [(True, cuda), (False, triton_rows)]:
+        monkeypatch.setattr(cuda, "available", lambda there=there: there)
+        assert functional._set_functions(device) is chosen
+        assert functional.backend(device).startswith("cuda c++" if there else "triton")
+    monkeypatch.setattr(cuda, "available", lambda: True)
+    with rows_from(triton_rows):
+        assert functional._set_functions(device) is triton_rows
+    assert functional._set_functions(torch.device("cpu")) is cpu
+
+
+def test_a_compiler_that_fails_is_said_and_none_is_not(monkeypatch, tmp_path):
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda i: (9, 0))
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.delenv("CUDA_PATH", raising=False)
+    assert cuda.nvcc() is None and not cuda.available.__wrapped__()
+    compiler = tmp_path / "bin" / "nvcc"
+    compiler.parent.mkdir()
+    compiler.write_text('#!/bin/sh\n[ "$1" = --version ] || { echo unsupported >&2; exit 1; }\n')
+    compiler.chmod(0o755)
+    with pytest.warns(UserWarning, match="Triton's are used.*Cause: unsupported"):
+        assert not cuda.available.__wrapped__()
+    assert list(tmp_path.glob("*.so")) == []

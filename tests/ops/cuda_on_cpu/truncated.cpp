@@ -19,6 +19,9 @@ void keys(const Rows& a, unsigned threads, unsigned seed) {
 
 }  // namespace
 
+extern "C" int key_memory() { return sizeof(KeyMemory); }
+extern "C" int count_memory() { return sizeof(CountMemory); }
+
 // dtype: 0 float64, 1 float32, 2 bfloat16, 3 float16; a null pending is by_keys alone.
 extern "C" void truncated_rows(int dtype, int64_t R, int64_t V, int64_t z_row, const void* z, const int64_t* y, const void* tau, const int64_t* k,
                                const double* p, void* threshold, int* pending, void** out, int64_t* count, int window_low, int window_high,
