@@ -25,7 +25,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from bench import timing
+from bench import gate_cuda, timing
 from entropy_kernels.ops import kept_kernels, row_kernels, rows
 
 R, V = 8192, 151936  # the shape of the roofline
@@ -303,5 +303,6 @@ def run(_repeats: int = 0) -> None:
         ],
     }
     timing.save(f"gate_triton_{triton.__version__}", result, markdown(result))
+    found += gate_cuda.run()
     if found:
         raise SystemExit("\n".join(found))

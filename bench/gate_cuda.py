@@ -221,12 +221,12 @@ def markdown(result: dict[str, Any]) -> list[str]:
     return lines
 
 
-def run(_repeats: int = 0) -> None:
-    """Compile all, write the table, and end with an error where a kernel does not pass; without nvcc, say so."""
+def run() -> list[str]:
+    """Compile all and write the table; the faults found. Without nvcc, say so."""
     found = tools()
     if isinstance(found, str):
         print(f"CUDA kernels: not compiled, {found}.")
-        return
+        return []
     version = subprocess.run([found[0], "--version"], check=True, capture_output=True, text=True).stdout
     table = [c for target in TARGETS for c in compiled(target)]
     broken = [fault for c in table for fault in faults(c)]
@@ -238,5 +238,4 @@ def run(_repeats: int = 0) -> None:
         "rooflines": {gpu: roofline(table, gpu) for gpu in GPUS},
     }
     timing.save("gate_cuda", result, markdown(result))
-    if broken:
-        raise SystemExit("\n".join(broken))
+    return broken

@@ -56,7 +56,7 @@ def test_narrow_loads_and_too_much_shared_memory_are_seen():
 
 def test_without_a_compiler_the_gate_says_so(monkeypatch, capsys):
     monkeypatch.setattr(gate.cuda, "nvcc", lambda: None)
-    gate.run()
+    assert gate.run() == []
     assert "CUDA kernels: not compiled, no nvcc" in capsys.readouterr().out
     with pytest.raises(RuntimeError, match="no nvcc"):
         gate.compiled("sm_90a")
