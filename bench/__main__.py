@@ -7,7 +7,11 @@ import importlib
 import os
 
 BENCHMARKS = ["rows", "linear", "truncated", "fisher", "fisher_size", "gate", "gate_head"]
-ON_GPU = {"rows": "rows_gpu", "truncated": "truncated_gpu"}  # benchmark: the module of its GPU version
+ON_GPU = {
+    "rows": "rows_gpu",
+    "linear": "linear_gpu",
+    "truncated": "truncated_gpu",
+}  # benchmark: the module of its GPU version
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)

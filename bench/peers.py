@@ -1,4 +1,5 @@
-"""What other projects offer for the same numbers, each behind one signature: logits and targets to (entropy, logprob).
+"""What other projects offer for the same numbers, each behind one signature: logits, or hidden states and weight, and targets to
+(entropy, logprob).
 
 Peers are taken as they are installed; one that does not import here is left out, and the reason goes into the result. Where a project has
 one of the two numbers only, the other is None. Apple's Cut Cross-Entropy starts from hidden states and has no function of logits.
@@ -108,6 +109,79 @@ def row_peers(gpu: bool) -> tuple[dict[str, Peer], dict[str, str]]:
     """Those that import here, and why the others do not."""
     found, absent = {}, {}
     for name, make in (ON_GPU if gpu else ON_CPU).items():
+        try:
+            found[name] = make()
+        except (ImportError, AttributeError) as failure:
+            absent[name] = f"does not import: {failure}"
+    return found, absent
+
+
+# ---- from hidden states: (h, W, targets)
+
+HeadFunction = Callable[[Tensor, Tensor, Tensor], Outputs]
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeadPeer:
+    """A function of hidden states [N, D], weight [V, D] and targets [N]; `entropy`: it has one."""
+
+    function: HeadFunction
+    entropy: bool = True
+
+
+def trl_head() -> HeadPeer:
+    """TRL 1.16: library products of 256 rows by 8192 columns, as its trainer calls it."""
+    function = module("trl.kernels").ChunkedLogProbFunction
+
+    def call(h: Tensor, W: Tensor, y: Tensor) -> Outputs:
+        logprob, entropy, *_ = function.apply(h, W, None, y, 1.0, 8192, None, 1.0, ("entropy",))
+        return entropy, logprob
+
+    return HeadPeer(function=call)
+
+
+def liger_head() -> HeadPeer:
+    """Liger 0.8.5: a kernel of its own for sm_90, which needs nvidia-cutlass-dsl; plain torch in chunks elsewhere."""
+    function = module(
+        "liger_kernel.ops.fused_linear_scaled_cross_entropy"
+    ).LigerFusedLinearScaledCrossEntropyFunction
+
+    def call(h: Tensor, W: Tensor, y: Tensor) -> Outputs:
+        nll, entropy = function.apply(h, W, y, 1.0, -100, 1, True)
+        return entropy, -nll
+
+    return HeadPeer(function=call)
+
+
+def verl_head() -> HeadPeer:
+    """verl 0.9.1: Triton, D a multiple of 128. Its kernels do not run in the interpreter: the call was followed up to their launch."""
+    function = module("verl.utils.kernel.linear_cross_entropy").linear_cross_entropy
+
+    def call(h: Tensor, W: Tensor, y: Tensor) -> Outputs:
+        logprob, entropy = function(h, W, y, 1.0, "none")
+        return entropy, logprob
+
+    return HeadPeer(function=call)
+
+
+def cut_cross_entropy() -> HeadPeer:
+    """Apple's Cut Cross-Entropy 25.1: Triton, no entropy; its default leaves small gradients out, and they are 16-bit only."""
+    function = module("cut_cross_entropy").linear_cross_entropy
+    return HeadPeer(function=lambda h, W, y: (None, -function(h, W, y, reduction="none")), entropy=False)
+
+
+HEADS: dict[str, Callable[[], HeadPeer]] = {
+    "TRL": trl_head,
+    "Liger": liger_head,
+    "verl": verl_head,
+    "Cut Cross-Entropy": cut_cross_entropy,
+}
+
+
+def head_peers() -> tuple[dict[str, HeadPeer], dict[str, str]]:
+    """Those that import here, and why the others do not."""
+    found, absent = {}, {}
+    for name, make in HEADS.items():
         try:
             found[name] = make()
         except (ImportError, AttributeError) as failure:

@@ -161,7 +161,9 @@ class _Given(Function):
 def _values(h: Tensor, W: Tensor, b: Tensor | None, *shared: Any) -> tuple[Tensor, ...]:
     """F, and where forward mode is under way, its tangent from the same logits: a rule alone would make them again."""
     top = torch._C._functorch.peek_interpreter_stack()
-    if top is not None and top.key() != torch._C._functorch.TransformType.Jvp:  # grad or vmap: no tangents to be seen
+    if (
+        top is not None and top.key() != torch._C._functorch.TransformType.Jvp
+    ):  # grad or vmap: no tangents to be seen
         return _Values.apply(h, W, b, *shared)
     duals = [None if t is None else unpack_dual(t) for t in (h, W, b)]
     tangents = [None if d is None else d.tangent for d in duals]
