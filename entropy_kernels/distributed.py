@@ -109,25 +109,27 @@ def dealt(
 
     Args:
         items: the same on every rank.
-        compute: an item to tensors, on the CPU or on this rank's GPU.
+        compute: an item to tensors, on the CPU or on this rank's GPU. What it calls is this rank's own: `dealt` within it deals nothing.
 
     Yields:
         (item, its tensors, one at a time). They have to be read before the next item; one at a time so that results as large as a
-        model need no room for several of them.
+        model need no room for several of them. On a single rank a generator's tensors are computed as they are read.
 
     Raises:
         Exception: what `compute` raises, on whichever rank.
     """
     if _ranks.size == 1:
         for item in items:
-            yield item, iter(tuple(compute(item)))
+            yield item, iter(compute(item))
         return
     remaining = iter(items)
     while turn := list(islice(remaining, _ranks.size)):
         own: list[Tensor] = []
 
         def work(turn: list[Item] = turn, own: list[Tensor] = own) -> list[_Kind]:
-            own += compute(turn[_ranks.rank]) if _ranks.rank < len(turn) else ()
+            if _ranks.rank < len(turn):
+                with _by_itself():
+                    own += compute(turn[_ranks.rank])
             return [_Kind.of(x) for x in own]
 
         kinds = _agreed(work)
@@ -150,7 +152,8 @@ def of_first(compute: Callable[[], Value]) -> Value:
 
     def work() -> None:
         if _ranks.rank == 0:
-            found[0] = compute()
+            with _by_itself():
+                found[0] = compute()
 
     _agreed(work)
     with _connected():
@@ -273,6 +276,18 @@ def _tell(error: Exception) -> bool:
     thread.start()
     thread.join(_TELLING)
     return bool(done)
+
+
+@contextlib.contextmanager
+def _by_itself() -> Iterator[None]:
+    """Within: this rank asks no other."""
+    global _ranks
+    before = _ranks
+    _ranks = _Ranks(before.rank, 1)
+    try:
+        yield
+    finally:
+        _ranks = before
 
 
 @contextlib.contextmanager

@@ -9,17 +9,20 @@ With the columns at other parameters of the same model, K is between two policie
 Methods: "layers" contracts layer by layer, by materialised blocks of gradients or by ghost products, whichever is cheaper
 ("materialised", "ghost" insist on one); "jvp" takes one forward-mode pass along P∇S(t') per column; "reference" holds every gradient, one
 sequence at a time, and multiplies: the specification. "auto" counts operations (`fisher_cost`).
+
+Where a run is split over ranks (`distributed.joined`), "layers" deals out parameters and "jvp" columns.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from entropy_kernels import distributed
 from entropy_kernels.derivatives import token_gradient, token_tangents
 from entropy_kernels.errors import UserError
 from entropy_kernels.ops.contract import Term, ghost_gram, materialised_gram
@@ -75,6 +78,7 @@ def fisher_kernel(
         policy, rows, cols, cols_policy=cols_policy, preconditioner=P, level=level, method=method,
         memory_budget=memory_budget,
     )  # fmt: skip
+    plan = distributed.of_first(lambda: plan)  # memory that is free may differ
     other = cols_policy or policy
     if plan.method == "reference":
         K = _reference(policy, other, rows, cols, P, level, progress)
@@ -133,15 +137,17 @@ def _layers(
 ) -> Tensor:
     policy, other = cost.with_micro_batches(policy, plan), cost.with_micro_batches(other, plan)
     K = torch.zeros(len(rows.input_ids), len((rows if cols is None else cols).input_ids), dtype=torch.float64)
-    for group in plan.groups:
-        spans = {piece.name: piece.span for piece in group}
-        held = frozenset(piece.name for piece in group if piece.held)
-        left = gradients(policy, rows, spans, held=held, progress=progress)
+    alone = distributed.count() == 1
+
+    def terms(pieces: tuple[Piece, ...]) -> Iterator[Tensor]:
+        spans = {piece.name: piece.span for piece in pieces}
+        held = frozenset(piece.name for piece in pieces if piece.held)
+        left = gradients(policy, rows, spans, held=held, progress=progress if alone else None)
         right = None
         if cols is not None:
-            right = gradients(other, cols, spans, held=held, progress=progress)
-        for piece in group:
-            K += _contracted(
+            right = gradients(other, cols, spans, held=held, progress=progress if alone else None)
+        for piece in pieces:
+            yield _contracted(
                 piece,
                 left.pop(piece.name),
                 None if right is None else right.pop(piece.name),
@@ -149,7 +155,23 @@ def _layers(
                 None if P is None else P[piece.name],
                 plan.workspace_bytes,
             ).cpu()
+
+    for pieces, found in distributed.dealt(_shares(plan.groups, distributed.count()), terms):
+        for term in found:
+            K += term
+        if progress is not None and not alone and any(pieces[-1] is group[-1] for group in plan.groups):
+            progress(len(rows.input_ids) + (0 if cols is None else len(cols.input_ids)))
     return (K + K.t()) / 2 if cols is None else K
+
+
+def _shares(groups: tuple[tuple[Piece, ...], ...], ranks: int) -> list[tuple[Piece, ...]]:
+    """The groups, in at least as many runs of neighbours as there are ranks, if there are as many pieces."""
+    parts = -(-ranks // len(groups))
+    found = []
+    for group in groups:
+        edges = [i * len(group) // parts for i in range(parts + 1)]
+        found += [group[a:b] for a, b in zip(edges[:-1], edges[1:], strict=True) if a < b]
+    return found
 
 
 def _contracted(
@@ -181,12 +203,20 @@ def _forward_mode(
     progress: Progress | None,
 ) -> Tensor:
     """S' of every token of the rows along P∇S(t'), column by column, [N, T, M]."""
-    columns = []
-    for j in range(len(cols.input_ids)):
-        direction = _score(other, cols, j, progress)
+    alone = distributed.count() == 1
+    tick = progress if alone else None
+
+    def column(j: int) -> tuple[Tensor, ...]:
+        direction = _score(other, cols, j, tick)
         if P is not None:
             direction = {name: P[name] * g for name, g in direction.items()}
-        columns.append(token_tangents(policy, rows, direction, progress=progress).d_logprob)
+        return (token_tangents(policy, rows, direction, progress=tick).d_logprob,)
+
+    columns: list[Tensor] = []
+    for _, found in distributed.dealt(range(len(cols.input_ids)), column):
+        columns += found
+        if progress is not None and not alone:
+            progress(1 + len(rows.input_ids))
     return torch.stack(columns, dim=2)
 
 

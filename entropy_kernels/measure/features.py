@@ -7,13 +7,14 @@ The state at position k − 1 is a function of the prompt and t_<k alone, so any
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..policy import Policy, TokenBatch, micro_batches
+from .. import distributed
+from ..policy import MicroBatch, Policy, TokenBatch, micro_batches
 
 WIDTH = 256  # numbers kept per token
 
@@ -43,23 +44,26 @@ def hidden_features(
     def keep(_module: Any, inputs: tuple[Tensor, ...]) -> None:
         read.append(inputs[0].detach())
 
+    def states(micro: MicroBatch) -> Iterator[Tensor]:
+        read.clear()
+        with torch.no_grad():
+            policy.rows(policy.params, micro)
+        x = torch.cat(read).to("cpu", torch.float32)
+        D = x.shape[1]
+        if width is not None and width < D:
+            generator = torch.Generator().manual_seed(seed)
+            x = x @ (torch.randn(D, width, generator=generator) / math.sqrt(width))
+        yield x
+
     N, T = batch.input_ids.shape
     features: Tensor | None = None
-    projection: Tensor | None = None
     handle = policy.model.get_output_embeddings().register_forward_pre_hook(keep)
     try:
-        for micro in micro_batches(policy, batch):
-            read.clear()
-            with torch.no_grad():
-                policy.rows(policy.params, micro)
-            x = torch.cat(read).to("cpu", torch.float32)
+        for micro, found in distributed.dealt(micro_batches(policy, batch), states):
+            (x,) = found
             if features is None:
-                D = x.shape[1]
-                if width is not None and width < D:
-                    generator = torch.Generator().manual_seed(seed)
-                    projection = torch.randn(D, width, generator=generator) / math.sqrt(width)
-                features = torch.zeros(N, T, D if projection is None else projection.shape[1])
-            features[micro.destination] = x if projection is None else x @ projection
+                features = torch.zeros(N, T, x.shape[1])
+            features[micro.destination] = x
             if progress is not None:
                 progress(len(micro.input_ids))
     finally:

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .. import stats
+from .. import distributed, stats
 from ..certify import certify
 from ..checkpoints import load_parameters
 from ..derivatives import token_curvature, token_stats, token_tangents
@@ -45,7 +45,7 @@ from .writing import environment
 def measure_series(
     config: SeriesConfig, *, directory: str | None = None, progress: bool = True
 ) -> SeriesResult:
-    """Measure and predict the change of entropy between the checkpoints of a run.
+    """Measure and predict the change of entropy between the checkpoints of a run; within `distributed.joined` all ranks together.
 
     Args:
         config: which checkpoints, and how.
@@ -59,6 +59,8 @@ def measure_series(
         UserError: input that cannot be measured, saying what to do.
         CertificationError: the model's derivatives are wrong, naming the layer.
     """
+    if not distributed.is_first():
+        directory, progress = None, False
     store = open_store(directory, series_identity(config), resume=config.settings.resume)
     start = time.perf_counter()
     with exact_arithmetic():
@@ -217,8 +219,11 @@ class _Walk:
         """Batch number len(batches), drawn at θ_j (where the policy is), or read if it was drawn before; put on the list."""
         settings, m = self.config.settings, len(self.batches)
         file = self.store.file(f"rollouts-{m}.parquet")
-        if file is not None and file.exists():
-            rollouts = Rollouts.load(file)
+        kept = distributed.of_first(
+            lambda: Rollouts.load(file) if file is not None and file.exists() else None
+        )
+        if kept is not None:
+            rollouts = kept
         else:
             size = settings.prompts_e
             # The pool is gone through from the start again when it is used up: prompts then return, and are known by their tokens.

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
+from .. import distributed
 from ..errors import UserError
 from ..report import SeriesResult
 from .cli import Parser, add_flags
@@ -66,12 +68,13 @@ def config_from(arguments: Sequence[str]) -> SeriesConfig:
 
 
 def run(arguments: Sequence[str]) -> int:
-    """The command; returns the exit status."""
+    """The command; returns the exit status. Of several ranks, the first has the directory."""
     config = config_from(arguments)
-    directory = output_directory(config)
-    result = finished_series(config, directory)
-    if result is None:
-        with working_in(directory):
+    directory = distributed.of_first(lambda: output_directory(config))
+    result = finished_series(config, directory) if distributed.is_first() else None
+    finished = distributed.of_first(lambda: result is not None)
+    if not finished:
+        with working_in(directory) if distributed.is_first() else nullcontext():
             from transformers.utils import logging
 
             from .series import measure_series
@@ -79,9 +82,11 @@ def run(arguments: Sequence[str]) -> int:
             logging.disable_progress_bar()  # one bar at a time: ours
             config = replace(config, settings=replace(config.settings, output=str(directory)))
             result = measure_series(config, directory=str(directory))
-            result.save(directory)
-            close_store(directory)
-    print(result.summary())
+            if distributed.is_first():
+                result.save(directory)
+                close_store(directory)
+    if result is not None:
+        print(result.summary())
     print(f"\nreport: {directory / 'series.html'}")
     return 0
 

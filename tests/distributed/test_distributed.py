@@ -130,11 +130,11 @@ def test_ranks_end_in_the_report_of_one_process_bit_for_bit_even_after_one_has_f
     assert ours == theirs
 
 
-@pytest.mark.parametrize("arguments", [["plan", "somewhere"], ["series", "run-*"], ["--dry-run"]])
+@pytest.mark.parametrize("arguments", [["plan", "somewhere"], ["compare", "a", "b"], ["--dry-run"]])
 def test_what_is_not_split_is_refused(arguments, monkeypatch, capsys):
     monkeypatch.setattr(distributed, "_ranks", distributed._Ranks(0, 2))
     assert main(arguments) == 1
-    assert "only the measurement of one step is split over ranks" in " ".join(capsys.readouterr().err.split())
+    assert "only measurements are split over ranks" in " ".join(capsys.readouterr().err.split())
 
 
 def test_ranks_take_the_gpu_of_their_number(monkeypatch):
