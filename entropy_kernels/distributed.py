@@ -112,8 +112,8 @@ def dealt(
         compute: an item to tensors, on the CPU or on this rank's GPU. What it calls is this rank's own: `dealt` within it deals nothing.
 
     Yields:
-        (item, its tensors, one at a time). They have to be read before the next item; one at a time so that results as large as a
-        model need no room for several of them. On a single rank a generator's tensors are computed as they are read.
+        (item, its tensors, one at a time). All ranks have to read all of them before the next item; one at a time so that results as
+        large as a model need no room for several of them. On a single rank a generator's tensors are computed as they are read.
 
     Raises:
         Exception: what `compute` raises, on whichever rank.
@@ -134,10 +134,7 @@ def dealt(
 
         kinds = _agreed(work)
         for source, item in enumerate(turn):
-            received = _sent(source, kinds[source], own)
-            yield item, received
-            for _ in received:  # all ranks have to take part, wanted or not
-                pass
+            yield item, _sent(source, kinds[source], own)
 
 
 def of_first(compute: Callable[[], Value]) -> Value:

@@ -38,9 +38,19 @@ def check_order() -> None:
             for got, want in zip(found[:-1], of_item(item)[:-1], strict=True):
                 assert got.dtype == want.dtype and torch.equal(got, want)
             assert int(found[-1]) == item % RANKS
-    for _item, found in distributed.dealt(range(5), of_item):
-        next(found)  # what is not read does not disturb what follows
-    assert distributed.of_first(lambda: "in step") == "in step"
+
+
+def check_nested() -> None:
+    """What an item's work deals out stays on its rank."""
+
+    def outer(item: int) -> tuple[Tensor, ...]:
+        assert distributed.count() == 1
+        inner = [tuple(found)[-1] for _, found in distributed.dealt(range(3), of_item)]
+        return torch.stack(inner), torch.tensor(distributed.of_first(dist.get_rank))
+
+    for item, (inner, first) in distributed.dealt(range(RANKS), outer):
+        assert inner.tolist() == [item] * 3 and int(first) == item
+    assert distributed.count() == RANKS
 
 
 def check_first() -> None:
@@ -85,6 +95,7 @@ def check_error_in_work() -> None:
 def agree(rank: int) -> None:
     with distributed.joined():
         check_order()
+        check_nested()
         check_first()
         check_error_in_work()
     assert not dist.is_initialized() and distributed.count() == 1
