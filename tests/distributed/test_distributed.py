@@ -82,13 +82,15 @@ SETTINGS = {
     "micro_batch_tokens": 140,
 }
 FLAGS = [text for name, value in SETTINGS.items() for text in (f"--{name.replace('_', '-')}", str(value))]
+FLAGS += ["--fisher", "--no-second-order"]
 
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
     """The directory of the same measurement by one process with one thread."""
     directory = tmp_path_factory.mktemp("alone")
-    measure_step(MeasureConfig.demo(**SETTINGS), directory=str(directory), progress=False)
+    config = MeasureConfig.demo(**SETTINGS, fisher=True, second_order=False)
+    measure_step(config, directory=str(directory), progress=False)
     return directory
 
 
@@ -105,7 +107,7 @@ def test_ranks_end_in_the_report_of_one_process_bit_for_bit_even_after_one_has_f
     assert first.returncode == second.returncode == 1
     assert first.stderr.count(faulty.MESSAGE) == 1 and "Traceback" not in first.stderr
     assert second.stderr == second.stdout == first.stdout == ""
-    assert not list(output.glob("report.*")) and (output / "stages" / "curvature.safetensors").exists()
+    assert not list(output.glob("report.*")) and (output / "stages" / "tangents.safetensors").exists()
 
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command += ["-m", "entropy_kernels.measure", *FLAGS, "--output", str(output), "--resume"]
