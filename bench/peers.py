@@ -50,7 +50,8 @@ def module(name: str) -> ModuleType:
         try:
             return importlib.import_module(name)
         except Exception as still:
-            raise ImportError(f"{type(failure).__name__}: {failure}; alone: {still}") from still
+            alone = "" if str(still) == str(failure) else f"; without its parents: {still}"
+            raise ImportError(f"{failure}{alone}") from still
 
 
 def trl_torch() -> Peer:

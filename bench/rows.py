@@ -9,44 +9,40 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.func import jvp
 
-from bench import timing
+from bench import gpu, timing
+from bench.peers import row_peers
 from bench.timing import measure, relative_error
 from entropy_kernels.functional import entropy_logprob
 from entropy_kernels.ops import cpu
 
 SHAPES = [(2048, 49152, torch.float32), (256, 151936, torch.bfloat16)]
 COMPILE_LIMIT_S = 60
+LIMIT_S = 12.0  # for rounds with contenders that take seconds
+Outputs = tuple[Tensor, Tensor]
 
 
-def eager(z: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+def eager(z: Tensor, y: Tensor) -> Outputs:
     log_p = torch.log_softmax(z.float(), -1)
     return -(log_p.exp() * log_p).sum(-1), log_p.gather(-1, y[:, None])[:, 0]
 
 
-def ours(z: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+def ours(z: Tensor, y: Tensor) -> Outputs:
     result = entropy_logprob(z, y)
     return result.entropy, result.logprob
 
 
-def trl_functions() -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None:
-    try:
-        from trl.trainer.utils import entropy_from_logits, selective_log_softmax
-    except ImportError:
-        return None
-    return lambda z, y: (entropy_from_logits(z), selective_log_softmax(z, y))
+def error(f: Callable[..., Outputs], z: Tensor, y: Tensor) -> float:
+    """The largest error on the first eight rows, relative to the largest value, against float64 of the same logits."""
+    return relative_error([x[:8] for x in f(z, y)], eager64(z[:8], y[:8]))
 
 
-def error(f: Callable[..., tuple[Tensor, Tensor]], z: Tensor, y: Tensor) -> float:
-    """The largest error on eight rows, relative to the largest value, against float64 of the same logits."""
-    return relative_error(f(z[:8], y[:8]), eager64(z[:8], y[:8]))
-
-
-def eager64(z: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+def eager64(z: Tensor, y: Tensor) -> Outputs:
     log_p = torch.log_softmax(z.double(), -1)
     return -(log_p.exp() * log_p).sum(-1), log_p.gather(-1, y[:, None])[:, 0]
 
@@ -63,19 +59,40 @@ def derivative_error(z: Tensor, dz: Tensor, y: Tensor) -> float:
     return max(worst, relative_error([g], [w]))
 
 
-def compiled(z: Tensor, y: Tensor) -> Callable[..., tuple[Tensor, Tensor]] | None:
+def compiled(z: Tensor, y: Tensor) -> Callable[..., Outputs]:
+    """`eager` in torch.compile for this shape alone."""
+    torch.compiler.reset()
+    f = torch.compile(eager, dynamic=False)
     start = time.perf_counter()
-    try:
-        f = torch.compile(eager)
-        f(z[:8], y[:8])
-        f(z, y)
-    except Exception as failure:
-        print(f"torch.compile does not work here: {type(failure).__name__}")
-        return None
-    return f if time.perf_counter() - start < COMPILE_LIMIT_S else None
+    f(z, y)
+    if time.perf_counter() - start > COMPILE_LIMIT_S:
+        raise TimeoutError(f"compiling took more than {COMPILE_LIMIT_S} s")
+    return f
 
 
-def backward_of(f: Callable[..., tuple[Tensor, Tensor]], z: Tensor, y: Tensor) -> Callable[[], object]:
+def right_peers(
+    z: Tensor, y: Tensor, bound: float
+) -> tuple[dict[str, Any], dict[str, float], dict[str, str]]:
+    """The peers that agree with float64, the errors of all, and why the others are not timed."""
+    found, left_out = row_peers(gpu=False)
+    made = {"eager": lambda: eager, "torch.compile": lambda: compiled(z, y)}
+    made |= {name: lambda peer=peer: peer.function for name, peer in found.items()}
+    right, errors = {}, {}
+    for name, make in made.items():
+        try:
+            f = make()
+            errors[name] = error(f, z, y)
+        except Exception as failure:  # a compiler that is not there, a peer that raises
+            left_out[name] = f"{type(failure).__name__}: {(str(failure) or '-').splitlines()[0][:200]}"
+            continue
+        if errors[name] <= bound:
+            right[name] = f
+        else:
+            left_out[name] = f"wrong: relative error {errors[name]:.1e} against float64"
+    return right, errors, left_out
+
+
+def backward_of(f: Callable[..., Outputs], z: Tensor, y: Tensor) -> Callable[[], object]:
     """Only the backward pass, over a graph that is kept."""
     z = z.detach().requires_grad_()
     entropy, logprob = f(z, y)
@@ -88,45 +105,39 @@ def one_shape(R: int, V: int, dtype: torch.dtype, repeats: int) -> dict[str, obj
     z = (torch.randn(R, V, generator=g) * 2).to(dtype)
     dz = torch.randn(R, V, generator=g).to(dtype)
     y = torch.randint(0, V, (R,), generator=g)
-    peers = {"eager": eager, "torch.compile": compiled(z, y), "TRL": trl_functions()}
-    bound = (
-        1e-5 if dtype == torch.float32 else 1e-2
-    )  # the latter for peers and gradients that are rounded to bfloat16
-    errors = {"ours": error(ours, z, y), "ours, derivatives": derivative_error(z, dz, y)}
-    forward: dict[str, Callable[[], object]] = {"read": lambda: z.sum(), "ours": lambda: ours(z, y)}
-    backward: dict[str, Callable[[], object]] = {
-        "read + write": lambda: z.clone(),
-        "ours": backward_of(ours, z, y),
-    }
-    for name, f in peers.items():
-        if f is None:
-            continue
-        errors[name] = error(f, z, y)
-        if errors[name] > bound:
-            print(f"{name}: relative error {errors[name]:.1e}, not timed")
-            continue
-        forward[name] = lambda f=f: f(z, y)
+    # the latter for peers and gradients that are rounded to bfloat16
+    bound = 1e-5 if dtype == torch.float32 else 1e-2
+    peers, errors, left_out = right_peers(z, y, bound)
+    errors = {"ours": error(ours, z, y), "ours, derivatives": derivative_error(z, dz, y)} | errors
     assert max(errors["ours"], errors["ours, derivatives"]) <= bound, errors
+    forward: dict[str, Callable[[], object]] = {"read": lambda: z.sum(), "ours": lambda: ours(z, y)}
     if dtype == torch.bfloat16:
         exp = torch.empty_like(z)
         forward["exp only"] = lambda: torch.exp(z, out=exp)
+    forward |= {name: (lambda f=f: f(z, y)) for name, f in peers.items()}
     tangent: dict[str, Callable[[], object]] = {
         "read both": lambda: (z.sum(), dz.sum()),
         "ours": lambda: jvp(lambda z: ours(z, y), (z,), (dz,)),
         "ours, tangents alone": lambda: cpu.row_tangents(z, dz, y, torch.ones(R)),
     }
-    timings = {"forward": measure(forward, repeats), "jvp": measure(tangent, repeats)}
+    backward: dict[str, Callable[[], object]] = {
+        "read + write": lambda: z.clone(),
+        "ours": backward_of(ours, z, y),
+    }
+    timings = {"forward": measure(forward, repeats, limit_s=LIMIT_S), "jvp": measure(tangent, repeats)}
     timings["backward"] = measure(backward, repeats)
     del backward
-    few = max(2, repeats // 3)  # seconds each
-    timings["jvp"] |= measure({"eager": lambda: jvp(lambda z: eager(z, y), (z,), (dz,))}, few)
-    timings["backward"] |= measure({"eager": backward_of(eager, z, y)}, few)
+    slow = {"eager": lambda: jvp(lambda z: eager(z, y), (z,), (dz,))}
+    timings["jvp"] |= measure(slow, repeats, limit_s=LIMIT_S / 2)
+    for name, f in peers.items():  # one graph at a time: each holds several times the logits
+        timings["backward"] |= measure({name: backward_of(f, z, y)}, repeats, limit_s=LIMIT_S / 2)
     return {
         "rows": R,
         "vocabulary": V,
         "dtype": str(dtype).removeprefix("torch."),
         "errors": errors,
         "timings": timings,
+        "left_out": left_out,
     }
 
 
@@ -139,6 +150,7 @@ def markdown(result: dict) -> list[str]:
         ]
         for name, timings in shape["timings"].items():
             lines += timing.table(name, timings)
+        lines += gpu.left_out(shape["left_out"])
     return lines
 
 
