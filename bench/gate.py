@@ -5,7 +5,8 @@ what one element costs; the paper roofline is the largest of three times that no
 
     bytes / memory bandwidth      special functions / 16      instructions / 128      (the latter two per clock and multiprocessor)
 
-Instructions are those of the machine code, rare branches (a peaked tile, the tile with the target) counted as though always taken.
+Instructions are those of the machine code on its straight way, every branch that skips something taken: what a tile costs that is not
+peaked and does not hold the target. Beside them stands the number with nothing skipped, loops counted once.
 Nothing here is measured: it is what a measurement is to be held against.
 """
 
@@ -69,7 +70,8 @@ class Variant:
 
     @property
     def warps(self) -> int:
-        return rows.warps(self.width) if self.width else 1
+        of = rows.warps if self.again else rows.tile_warps
+        return of(self.width) if self.width else 1
 
     @property
     def bytes_per_element(self) -> int:
@@ -94,6 +96,7 @@ class Compiled:
     bytes_per_element: int | None
     special_per_element: float | None
     instructions_per_element: float | None
+    with_rare_branches_per_element: float | None = None
 
 
 def variants(dtypes: Sequence[torch.dtype] = tuple(NAMES)) -> Iterator[Variant]:
@@ -121,7 +124,8 @@ def compiled(x: Variant, target: str) -> Compiled:
     nvidia = read is _read_nvidia
     per = x.width / threads if x.width and nvidia and not x.again else None
     programs = min(REGISTERS // (max(registers, 1) * threads), WARPS // x.warps) if nvidia else None
-    special = sum(n for name, n in operations.items() if name.startswith("MUFU"))
+    straight = _straight_way(machine_code) if nvidia else operations
+    special = sum(n for name, n in straight.items() if name.startswith("MUFU"))
     return Compiled(
         kernel=x.name,
         dtype=NAMES[x.dtype],
@@ -136,7 +140,8 @@ def compiled(x: Variant, target: str) -> Compiled:
         programs_per_multiprocessor=programs,
         bytes_per_element=None if x.again else x.bytes_per_element or None,
         special_per_element=special / per if per else None,
-        instructions_per_element=sum(operations.values()) / per if per else None,
+        instructions_per_element=straight.total() / per if per else None,
+        with_rare_branches_per_element=operations.total() / per if per else None,
     )
 
 
@@ -158,8 +163,9 @@ def _compile(x: Variant, target: GPUTarget) -> tuple[Any, Any]:
         raise RuntimeError("the gate compiles: run it without TRITON_INTERPRET")
     data, wide = "*" + NAMES[x.dtype], "*" + NAMES[rows.compute_dtype(x.dtype)]
     constants = {f"{t}_column": 1 for t in ("z", "u", "v", "out")}
-    constants |= {"N": x.tangents, "BLOCK": x.width, "TILES": triton.next_power_of_2(triton.cdiv(V, 4096))}
-    constants |= {"SHIFT": rows.KEY_SHIFT.get(x.dtype)}
+    constants |= {"N": x.tangents, "BLOCK": x.width, "TILES": triton.next_power_of_2(triton.cdiv(V, 2048))}
+    constants |= {"SHIFT": rows.KEY_SHIFT.get(x.dtype), "PTX": target.backend == "cuda"}
+    constants |= {"CHUNK": rows.chunk(x.width, x.dtype.itemsize, x.warps * target.warp_size)}
     types = dict.fromkeys(("z", "u", "v", "out"), data) | {"y": "*i64", "S": "i32", "V": "i32"}
     types |= {"k": "*i64", "p": "*fp64"}
     types |= {f"{t}_row": "i32" for t in ("z", "u", "v", "out")}
@@ -179,22 +185,43 @@ def _compile(x: Variant, target: GPUTarget) -> tuple[Any, Any]:
 
 def _read_nvidia(cubin: bytes) -> tuple[int, int, int, collections.Counter[str], int]:
     """Registers, bytes of stack (nothing else uses it), shared memory, operations and bytes of wide loads, one thread's."""
+    usage = _disassembled(cubin, "--dump-resource-usage")
+    found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", usage)
+    assert found is not None, usage
+    registers, stack, shared, local = map(int, found.groups())
+    operations = collections.Counter(name for _, _, name, _ in _listing(cubin))
+    assert operations["EXIT"], operations
+    loads = [re.search(r"\.(128|256)\b", name) for name in operations.elements() if name.startswith("LDG")]
+    return registers, stack + local, shared, operations, sum(int(m.group(1)) // 8 for m in loads if m)
+
+
+def _disassembled(cubin: bytes, flag: str) -> str:
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        usage, code = (
-            subprocess.run([tool, flag, file.name], capture_output=True, text=True, check=True).stdout
-            for flag in ("--dump-resource-usage", "--dump-sass")
-        )
-    found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", usage)
-    assert found is not None, usage
-    registers, stack, shared, local = map(int, found.groups())
-    listed = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]+)", code, re.MULTILINE)
-    operations = collections.Counter(name for name in listed if name != "NOP")
-    assert operations["EXIT"], code[:500]
-    loads = [re.search(r"\.(128|256)\b", name) for name in operations.elements() if name.startswith("LDG")]
-    return registers, stack + local, shared, operations, sum(int(m.group(1)) // 8 for m in loads if m)
+        return subprocess.run([tool, flag, file.name], capture_output=True, text=True, check=True).stdout
+
+
+def _listing(cubin: bytes) -> list[tuple[int, str, str, str]]:
+    """(address, predicate, operation, operands) of every instruction."""
+    line = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]+)([^;]*)", re.MULTILINE)
+    found = line.findall(_disassembled(cubin, "--dump-sass"))
+    return [(int(at, 16), *rest) for at, *rest in found if rest[1] != "NOP"]
+
+
+def _straight_way(cubin: bytes) -> collections.Counter[str]:
+    """The operations left when every branch that leads onward is taken; one that leads back is a loop's, counted once."""
+    operations: collections.Counter[str] = collections.Counter()
+    onward = 0
+    for at, predicate, name, operands in _listing(cubin):
+        if at < onward:
+            continue
+        operations[name] += 1
+        to = re.search(r"\b0x([0-9a-f]+)", operands)
+        if predicate and name.startswith("BRA") and to is not None:
+            onward = int(to.group(1), 16)
+    return operations
 
 
 def _read_amd(code: str) -> tuple[int, int, int, collections.Counter[str], int]:
@@ -247,21 +274,24 @@ def markdown(result: dict[str, Any]) -> list[str]:
         f"# Triton kernels ahead of time, Triton {result['triton']}",
         "",
         f"Commit {result['commit']}. {len(result['kernels'])} compilations for {', '.join(TARGETS)}, {len(result['faults'])} faults. "
-        "Per element: bytes moved, special functions (MUFU), instructions, the last an upper bound (rare branches counted). "
+        "Per element: bytes moved, special functions (MUFU), instructions of a tile that is neither peaked nor holds the target, and "
+        "with those branches. "
         "Nothing here is measured.",
         *(f"- {fault}" for fault in result["faults"]),
     ]
     for target in TARGETS:
         lines += ["", f"## {target}", ""]
         lines += [
-            "| kernel | dtype | columns, warps | registers | spilled | shared | programs per SM | bytes | special | instructions |",
-            "|---|---|---|---|---|---|---|---|---|---|",
+            "| kernel | dtype | columns, warps | registers | spilled | shared | programs per SM | bytes | special | instructions "
+            "| with branches |",
+            "|---|---|---|---|---|---|---|---|---|---|---|",
         ]
         for c in result["kernels"]:
             if c["target"] != target:
                 continue
             figures = [c["programs_per_multiprocessor"], c["bytes_per_element"]]
             figures += [c["special_per_element"], c["instructions_per_element"]]
+            figures += [c["with_rare_branches_per_element"]]
             shown = " | ".join("–" if x is None else f"{x:.3g}" for x in figures)
             lines += [
                 f"| {c['kernel']} | {c['dtype']} | {c['width'] or '–'}, {c['warps']} | {c['registers']} | {c['spilled_bytes']} B "

@@ -1,8 +1,10 @@
 r"""Triton kernels for rows of logits: moments of a tile, tiles merged into a row, gradients written.
 
 A row is cut into tiles by V alone. A tile is held in registers whole: first its peak, then its sums about that peak, then products
-centred on its own means; nothing is rescaled while data arrives, and nothing read twice. Tiles are merged in float64, in one
-fixed order, so a row's numbers depend on no other row and on no launch. Formulas and letters are those of `reference`; inside a tile
+centred on its own means; nothing is rescaled while data arrives, and nothing read twice. A thread adds its own columns in the dtype of
+the arithmetic; threads, and then tiles, are added in float64, all in one fixed order, so a row's numbers depend on no other row and on
+no launch. With PTX, what takes Triton several instructions and NVIDIA's assembler one is written in the latter's language; the
+interpreter and AMD's GPUs take Triton's. Formulas and letters are those of `reference`; inside a tile
 
     d = z − peak      x = ż − ż_peak      e = e^{d/τ}
 
@@ -30,7 +32,19 @@ def _distance(z, peak, tau):
 
 
 @triton.jit
-def _weight(d, tau, EXACT: tl.constexpr):
+def _exp2(t, PTX: tl.constexpr):
+    """2^t in float32. In PTX without the three instructions that would save a result below 2⁻¹²⁶ from being 0."""
+    if PTX:
+        e = tl.inline_asm_elementwise(
+            "ex2.approx.ftz.f32 $0, $1;", "=f,f", [t], dtype=tl.float32, is_pure=True, pack=1
+        )
+    else:
+        e = tl.exp2(t)
+    return e
+
+
+@triton.jit
+def _weight(d, tau, EXACT: tl.constexpr, PTX: tl.constexpr = False):
     """e^{d/τ}. EXACT: to the last places in float32 too, where d log₂e/τ alone would lose the digits before its point."""
     if tau.dtype == tl.float64:
         e = tl.exp(d * (1.0 / tau))
@@ -39,11 +53,44 @@ def _weight(d, tau, EXACT: tl.constexpr):
         high = k.to(tl.float32)
         t = d * high
         rest = tl.fma(d, (k - high.to(tl.float64)).to(tl.float32), tl.fma(d, high, -t))
-        e = tl.exp2(t)
+        e = _exp2(t, PTX)
         e = tl.fma(e, rest * LN_2, e)
     else:
-        e = tl.exp2(d * (LOG2_E / tau))
+        e = _exp2(d * (LOG2_E / tau), PTX)
     return e
+
+
+@triton.jit
+def _larger(a, b, PTX: tl.constexpr):
+    """max(a, b), a NaN passed over; in PTX two numbers of 16 bits at a time, which Triton would widen first."""
+    if PTX and a.dtype == tl.bfloat16:
+        m = tl.inline_asm_elementwise(
+            "max.bf16x2 $0, $1, $2;", "=r,r,r", [a, b], dtype=tl.bfloat16, is_pure=True, pack=2
+        )
+    elif PTX and a.dtype == tl.float16:
+        m = tl.inline_asm_elementwise(
+            "max.f16x2 $0, $1, $2;", "=r,r,r", [a, b], dtype=tl.float16, is_pure=True, pack=2
+        )
+    else:
+        m = tl.maximum(a, b)
+    return m
+
+
+@triton.jit
+def _wide(x, T: tl.constexpr, PTX: tl.constexpr):
+    """x in T. A bfloat16 is the upper half of a float32: in PTX one instruction each."""
+    if PTX and x.dtype == tl.bfloat16 and T == tl.float32:
+        w = tl.inline_asm_elementwise(
+            "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;",
+            "=r,=r,r",
+            [x],
+            dtype=tl.float32,
+            is_pure=True,
+            pack=2,
+        )
+    else:
+        w = x.to(T)
+    return w
 
 
 @triton.jit
@@ -54,15 +101,46 @@ def _log1p(x):
 
 
 @triton.jit
-def _columns(tile, V, BLOCK: tl.constexpr):
-    column = tile * BLOCK + tl.arange(0, BLOCK)
-    return column, column < V
+def _chunks(x, r, column, V, row_stride, column_stride, other, N: tl.constexpr):
+    """N pieces of row r, as they lie in memory: the columns `column`, then those the width of it further, and so on."""
+    W: tl.constexpr = column.shape[0]
+    pieces = ()
+    for i in tl.static_range(N):
+        at = x + r * row_stride + (column + i * W).to(tl.int64) * column_stride
+        pieces = pieces + (tl.load(at, mask=column + i * W < V, other=other),)  # type: ignore[assignment]
+    return pieces
 
 
 @triton.jit
-def _load(x, r, column, mask, row_stride, column_stride, other, T: tl.constexpr):
-    at = x + r * row_stride + column.to(tl.int64) * column_stride
-    return tl.load(at, mask=mask, other=other).to(T)
+def _total(x, VECTOR: tl.constexpr):
+    """Σ x in float64: what lies side by side in one thread first, then threads, whose sums differ in size by less."""
+    W: tl.constexpr = x.shape[0]
+    return tl.sum(tl.sum(tl.reshape(x, (W // VECTOR, VECTOR)), 1).to(tl.float64), 0)
+
+
+@triton.jit
+def _sum_below(
+    z, r, column, V, z_row, z_column, peak, tau, N: tl.constexpr, VECTOR: tl.constexpr, PTX: tl.constexpr
+):
+    """Σ e^{d/τ} without the peak and its ties, from a second look at the tile, which is in the cache."""
+    W: tl.constexpr = column.shape[0]
+    T: tl.constexpr = tau.dtype
+    EXACT: tl.constexpr = z.dtype.element_ty == tl.float32
+    total = tl.zeros([W], T)
+    for j in range(N):
+        at = z + r * z_row + (column + j * W).to(tl.int64) * z_column
+        d = _distance(tl.load(at, mask=column + j * W < V, other=float("-inf")).to(T), peak, tau)
+        total += tl.where(d == 0.0, 0.0, _weight(d, tau, EXACT, PTX))
+    return _total(total, VECTOR)
+
+
+@triton.jit
+def _peak_column(z, r, tile_start, V, z_row, z_column, peak, lane, N: tl.constexpr, W: tl.constexpr):
+    """A column that holds the peak, of the N that share a lane."""
+    i = tl.arange(0, N)
+    column = tile_start + lane + i * W
+    found = tl.load(z + r * z_row + column.to(tl.int64) * z_column, mask=column < V, other=float("-inf"))
+    return tl.minimum(tl.min(tl.where(found.to(peak.dtype) == peak, column, V - 1), 0), V - 1)
 
 
 @triton.jit
@@ -82,28 +160,63 @@ def tile_moments(
     v_column,
     N: tl.constexpr,
     BLOCK: tl.constexpr,
+    CHUNK: tl.constexpr,
+    PTX: tl.constexpr,
 ):
-    """The moments of one tile of one row: program r·S + t."""
+    """The moments of one tile of one row: program r·S + t.
+
+    A thread holds the same columns of every chunk of the tile, and adds what it finds there before threads are added up.
+    """
     T: tl.constexpr = tau.dtype.element_ty
     EXACT: tl.constexpr = z.dtype.element_ty == tl.float32
+    C: tl.constexpr = BLOCK // CHUNK
+    VECTOR: tl.constexpr = 128 // z.dtype.element_ty.primitive_bitwidth
     r = (tl.program_id(0) // S).to(tl.int64)
     tile = tl.program_id(0) % S
     tau_r = tl.load(tau + r)
-    column, mask = _columns(tile, V, BLOCK)
-    z_a = _load(z, r, column, mask, z_row, z_column, float("-inf"), T)
-    peak = tl.max(z_a, 0)
-    centre = tl.where(peak == float("-inf"), 0.0, peak)  # a tile of −inf only has weight 0, not NaN
-    d = _distance(z_a, centre, tau_r)
-    e = _weight(d, tau_r, EXACT)
+    lanes = tl.arange(0, CHUNK)
+    column = tile * BLOCK + lanes
+    z_a = _chunks(z, r, column, V, z_row, z_column, float("-inf"), C)
     if N > 0:
-        peak_column = tl.min(tl.where(z_a == peak, column, V - 1), 0)
-    s1 = tl.sum(e, 0) - 1.0
+        v_a = _chunks(v, r, column, V, v_row, v_column, 0.0, C)
+    if N > 1:
+        u_a = _chunks(u, r, column, V, u_row, u_column, 0.0, C)
+    largest = z_a[0]
+    for i in tl.static_range(1, C):
+        largest = _larger(largest, z_a[i], PTX)
+    peak = tl.max(largest.to(T), 0)
+    centre = tl.where(peak == float("-inf"), 0.0, peak)  # a tile of −inf only has weight 0, not NaN
+    if N > 0:
+        lane = tl.min(tl.where(largest.to(T) == peak, lanes, CHUNK), 0)
+        peak_column = _peak_column(z, r, tile * BLOCK, V, z_row, z_column, peak, lane, C, CHUNK)
+        v_peak = tl.load(v + r * v_row + peak_column.to(tl.int64) * v_column).to(T)
+        x_v = ()
+    if N > 1:
+        u_peak = tl.load(u + r * u_row + peak_column.to(tl.int64) * u_column).to(T)
+        x_u = ()
+    e, d = (), ()
+    sums_e, sums_d = tl.zeros([CHUNK], T), tl.zeros([CHUNK], T)
+    sums_v, sums_u = tl.zeros([CHUNK], T), tl.zeros([CHUNK], T)
+    for i in tl.static_range(C):
+        d_i = _distance(_wide(z_a[i], T, PTX), centre, tau_r)
+        e_i = _weight(d_i, tau_r, EXACT, PTX)
+        sums_e += e_i
+        sums_d = tl.fma(e_i, d_i, sums_d)
+        if N > 0:
+            v_i = _wide(v_a[i], T, PTX) - v_peak
+            sums_v = tl.fma(e_i, v_i, sums_v)
+            e, d, x_v = e + (e_i,), d + (d_i,), x_v + (v_i,)  # type: ignore[assignment]
+        if N > 1:
+            u_i = _wide(u_a[i], T, PTX) - u_peak
+            sums_u = tl.fma(e_i, u_i, sums_u)
+            x_u = x_u + (u_i,)  # type: ignore[assignment]
+    s1 = _total(sums_e, VECTOR) - 1.0
     if (
         s1 < CANCELS
     ):  # which would lose a small s1: the sum below the peak, and the whole number of ties it is away by
-        below = tl.sum(tl.where(d == 0.0, 0.0, e), 0)
+        below = _sum_below(z, r, column, V, z_row, z_column, centre, tau_r, C, VECTOR, PTX)
         s1 = below + tl.floor(s1 - below + 0.5)
-    sum_d = tl.sum(e * d, 0)
+    sum_d = _total(sums_d, VECTOR)
     K: tl.constexpr = 3 + 3 * N + 2 * (N // 2)
     to = moments + (r * S + tile) * K
     tl.store(to, peak)
@@ -111,25 +224,32 @@ def tile_moments(
     tl.store(to + 2, sum_d)
     if N > 0:
         share = tl.where(peak == float("-inf"), 0.0, 1.0 / (1.0 + s1))
-        d_hat = d - sum_d * share
-        v_peak = _load(v, r, peak_column, None, v_row, v_column, None, T)
-        x_v = _load(v, r, column, mask, v_row, v_column, 0.0, T) - v_peak
-        sum_v = tl.sum(e * x_v, 0)
-        v_hat = x_v - sum_v * share
+        sum_v = _total(sums_v, VECTOR)
+        mean_d, mean_v = (sum_d * share).to(T), (sum_v * share).to(T)
+        if N > 1:
+            sum_u = _total(sums_u, VECTOR)
+            mean_u = (sum_u * share).to(T)
+        sums_dv, sums_du = tl.zeros([CHUNK], T), tl.zeros([CHUNK], T)
+        sums_uv, sums_duv = tl.zeros([CHUNK], T), tl.zeros([CHUNK], T)
+        for i in tl.static_range(C):
+            d_hat, v_hat = d[i] - mean_d, x_v[i] - mean_v
+            e_d_hat = e[i] * d_hat
+            sums_dv = tl.fma(e_d_hat, v_hat, sums_dv)
+            if N > 1:
+                u_hat = x_u[i] - mean_u
+                uv_hat = u_hat * v_hat
+                sums_du = tl.fma(e_d_hat, u_hat, sums_du)
+                sums_uv = tl.fma(e[i], uv_hat, sums_uv)
+                sums_duv = tl.fma(e_d_hat, uv_hat, sums_duv)
         tl.store(to + 3, v_peak)
         tl.store(to + 4, sum_v)
-        tl.store(to + 5, tl.sum(e * d_hat * v_hat, 0))
+        tl.store(to + 5, _total(sums_dv, VECTOR))
         if N > 1:
-            u_peak = _load(u, r, peak_column, None, u_row, u_column, None, T)
-            x_u = _load(u, r, column, mask, u_row, u_column, 0.0, T) - u_peak
-            sum_u = tl.sum(e * x_u, 0)
-            e_u_hat = e * (x_u - sum_u * share)
             tl.store(to + 6, u_peak)
             tl.store(to + 7, sum_u)
-            tl.store(to + 8, tl.sum(e_u_hat * d_hat, 0))
-            e_uv_hat = e_u_hat * v_hat
-            tl.store(to + 9, tl.sum(e_uv_hat, 0))
-            tl.store(to + 10, tl.sum(e_uv_hat * d_hat, 0))
+            tl.store(to + 8, _total(sums_du, VECTOR))
+            tl.store(to + 9, _total(sums_uv, VECTOR))
+            tl.store(to + 10, _total(sums_duv, VECTOR))
 
 
 @triton.jit
@@ -247,10 +367,13 @@ def write_cotangents(
     out_row,
     out_column,
     BLOCK: tl.constexpr,
+    CHUNK: tl.constexpr,
+    PTX: tl.constexpr,
 ):
     """dz = p [l − g − q (c − c̄)]/τ + g 1_y/τ for one tile, as e^{d/τ} (k0 + k1 d); out may be z itself."""
     T: tl.constexpr = tau.dtype.element_ty
     EXACT: tl.constexpr = z.dtype.element_ty == tl.float32
+    C: tl.constexpr = BLOCK // CHUNK
     r = (tl.program_id(0) // S).to(tl.int64)
     tile = tl.program_id(0) % S
     tau_r = tl.load(tau + r)
@@ -262,16 +385,25 @@ def write_cotangents(
     k0 = (l_r + q_r * (d_mean / tau_r)) * scale
     k1 = -q_r * scale / tau_r
 
-    column, mask = _columns(tile, V, BLOCK)
-    d = _distance(_load(z, r, column, mask, z_row, z_column, float("-inf"), T), peak, tau_r)
-    e = _weight(d, tau_r, EXACT)
-    dz = e * ((k0 - g_r * scale) + k1 * d)
-    target = (target - tile * BLOCK).to(tl.int32)
-    if (target >= 0) & (target < BLOCK):  # 1 − p at the target, without taking e from 1 + s1 at the peak
-        one_minus_p = tl.where(d == 0.0, s1, (1.0 + s1) - e)
-        dz = tl.where(tl.arange(0, BLOCK) == target, e * (k0 + k1 * d) + g_r * scale * one_minus_p, dz)
-    to = out + r * out_row + column.to(tl.int64) * out_column
-    tl.store(to, dz.to(out.dtype.element_ty), mask=mask)
+    column = tile * BLOCK + tl.arange(0, CHUNK)
+    here = (target >= tile * BLOCK) & (target < tile * BLOCK + BLOCK)
+    z_y = tl.load(z + r * z_row + target * z_column, mask=here, other=0.0).to(
+        T
+    )  # before anything is written over it
+    z_a = _chunks(z, r, column, V, z_row, z_column, float("-inf"), C)
+    away = k0 - g_r * scale
+    for i in tl.static_range(C):
+        d = _distance(_wide(z_a[i], T, PTX), peak, tau_r)
+        dz = _weight(d, tau_r, EXACT, PTX) * tl.fma(d, k1, away)
+        to = out + r * out_row + (column + i * CHUNK).to(tl.int64) * out_column
+        tl.store(to, dz.to(out.dtype.element_ty), mask=column + i * CHUNK < V)
+    if here:  # 1 − p at the target, without taking e from 1 + s1 at the peak
+        d_y = _distance(z_y, peak, tau_r)
+        e_y = _weight(d_y, tau_r, EXACT, PTX)
+        one_minus_p = tl.where(d_y == 0.0, s1, (1.0 + s1) - e_y)
+        dz_y = e_y * (k0 + k1 * d_y) + g_r * scale * one_minus_p
+        tl.debug_barrier()  # the same place has just been written by another thread
+        tl.store(out + r * out_row + target * out_column, dz_y.to(out.dtype.element_ty))
 
 
 @triton.jit
@@ -297,6 +429,8 @@ def write_cotangent_tangents(
     out_row,
     out_column,
     BLOCK: tl.constexpr,
+    CHUNK: tl.constexpr,
+    PTX: tl.constexpr,
 ):
     """The tangent of `write_cotangents` for one tile; out may be z or v itself.
 
@@ -304,6 +438,7 @@ def write_cotangent_tangents(
     """
     T: tl.constexpr = tau.dtype.element_ty
     EXACT: tl.constexpr = z.dtype.element_ty == tl.float32
+    C: tl.constexpr = BLOCK // CHUNK
     r = (tl.program_id(0) // S).to(tl.int64)
     tile = tl.program_id(0) % S
     tau_r = tl.load(tau + r)
@@ -320,16 +455,27 @@ def write_cotangent_tangents(
     k2 = (dl_r - q_r * d_entropy) * scale
     k3 = -dq_r * scale / tau_r
 
-    column, mask = _columns(tile, V, BLOCK)
-    d = _distance(_load(z, r, column, mask, z_row, z_column, float("-inf"), T), peak, tau_r)
-    e = _weight(d, tau_r, EXACT)
-    d_hat = d - d_mean
-    v_hat = (_load(v, r, column, mask, v_row, v_column, 0.0, T) - v_peak) - v_mean
-    slope = v_hat * (k0 + k1 * d_hat) + k3 * d_hat
-    dz = e * (slope + (k2 - dg_r * scale))
-    target = (target - tile * BLOCK).to(tl.int32)
-    if (target >= 0) & (target < BLOCK):
-        one_minus_p = tl.where(d == 0.0, s1, (1.0 + s1) - e)
-        dz = tl.where(tl.arange(0, BLOCK) == target, e * (slope + k2) + dg_r * scale * one_minus_p, dz)
-    to = out + r * out_row + column.to(tl.int64) * out_column
-    tl.store(to, dz.to(out.dtype.element_ty), mask=mask)
+    column = tile * BLOCK + tl.arange(0, CHUNK)
+    here = (target >= tile * BLOCK) & (target < tile * BLOCK + BLOCK)
+    z_y = tl.load(z + r * z_row + target * z_column, mask=here, other=0.0).to(
+        T
+    )  # before anything is written over them
+    v_y = tl.load(v + r * v_row + target * v_column, mask=here, other=0.0).to(T)
+    z_a = _chunks(z, r, column, V, z_row, z_column, float("-inf"), C)
+    v_a = _chunks(v, r, column, V, v_row, v_column, 0.0, C)
+    away = k2 - dg_r * scale
+    for i in tl.static_range(C):
+        d = _distance(_wide(z_a[i], T, PTX), peak, tau_r)
+        e = _weight(d, tau_r, EXACT, PTX)
+        d_hat, v_hat = d - d_mean, (_wide(v_a[i], T, PTX) - v_peak) - v_mean
+        dz = e * tl.fma(v_hat, tl.fma(d_hat, k1, k0), tl.fma(d_hat, k3, away))
+        to = out + r * out_row + (column + i * CHUNK).to(tl.int64) * out_column
+        tl.store(to, dz.to(out.dtype.element_ty), mask=column + i * CHUNK < V)
+    if here:
+        d_y = _distance(z_y, peak, tau_r)
+        e_y = _weight(d_y, tau_r, EXACT, PTX)
+        c_y, x_y = d_y - d_mean, (v_y - v_peak) - v_mean
+        one_minus_p = tl.where(d_y == 0.0, s1, (1.0 + s1) - e_y)
+        dz_y = e_y * (x_y * (k0 + k1 * c_y) + k3 * c_y + k2) + dg_r * scale * one_minus_p
+        tl.debug_barrier()
+        tl.store(out + r * out_row + target * out_column, dz_y.to(out.dtype.element_ty))

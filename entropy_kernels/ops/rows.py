@@ -27,19 +27,29 @@ from .reference import RowValues, compute_dtype
 def tile_width(V: int, dtype: torch.dtype, tangents: int = 0) -> int:
     """How many columns of a row make a tile, for arithmetic in `dtype`: a function of the row's width and of what is summed.
 
-    With `warps`: 32 columns a thread, 16 where two tangents or float64 need the registers.
+    With four warps: 64 columns a thread, 32 where tangents are held beside them, 16 in float64.
     """
-    largest = 4096 if dtype == torch.float64 or tangents == 2 else 8192
+    largest = 2048 if dtype == torch.float64 else (8192, 4096, 4096)[tangents]
     return min(largest, max(256, triton.next_power_of_2(V)))
 
 
 def written_width(V: int, dtype: torch.dtype) -> int:
-    """The same where every column stands for itself: 16 a thread (8 in float64), so that more programs are under way."""
-    return min(2048 if dtype == torch.float64 else 4096, max(256, triton.next_power_of_2(V)))
+    """The same where every column stands for itself: 32 a thread, 8 in float64."""
+    return min(1024 if dtype == torch.float64 else 4096, max(256, triton.next_power_of_2(V)))
+
+
+def tile_warps(width: int) -> int:
+    """Of a program that works on one tile: 4, fewer for narrow rows."""
+    return max(1, min(4, width // 512))
+
+
+def chunk(width: int, itemsize: int, threads: int) -> int:
+    """Columns that the threads of a program load at once, 16 bytes each, as many of them as the tile has."""
+    return min(width, 16 // itemsize * threads)
 
 
 def warps(width: int) -> int:
-    """8 for a full tile, fewer for narrow rows."""
+    """8 for 4096 columns and more, fewer for narrow rows."""
     return max(1, min(8, width // 512))
 
 
@@ -75,6 +85,18 @@ def _device(z: Tensor) -> contextlib.AbstractContextManager[Any]:
     return torch.cuda.device_of(z) if z.device.type == "cuda" else contextlib.nullcontext()
 
 
+def _launch(z: Tensor, width: int) -> dict[str, Any]:
+    """How a kernel is launched on tiles of `width` columns of z."""
+    amd = torch.version.hip is not None
+    threads = tile_warps(width) * (64 if amd else 32)
+    return {
+        "BLOCK": width,
+        "CHUNK": chunk(width, z.element_size(), threads),
+        "PTX": not amd and not _interpreted(),
+        "num_warps": tile_warps(width),
+    }
+
+
 def _dtype(z: Tensor, precise: bool) -> torch.dtype:
     return torch.float64 if precise else compute_dtype(z.dtype)
 
@@ -104,12 +126,10 @@ def _moments(
     v = tangents[-1] if N else z
     u = tangents[0] if N == 2 else v
     (tau,) = _vectors(T, tau)
-    moments = torch.empty(R, S, (3, 6, 11)[N], dtype=T, device=z.device)
+    moments = torch.empty(R, S, (3, 6, 11)[N], dtype=torch.float64, device=z.device)
     strides = (*z.stride(), *u.stride(), *v.stride())
     with _device(z):
-        row_kernels.tile_moments[(R * S,)](
-            z, u, v, tau, moments, V, S, *strides, N=N, BLOCK=width, num_warps=warps(width)
-        )
+        row_kernels.tile_moments[(R * S,)](z, u, v, tau, moments, V, S, *strides, N=N, **_launch(z, width))
         row_kernels.merge_tiles[(R,)](
             z, u, v, y.contiguous(), tau, moments, state, *out, S, *strides,
             N=N, TILES=triton.next_power_of_2(S), num_warps=1,
@@ -168,8 +188,7 @@ def row_cotangents(
     tau, *weights = _vectors(T, tau, q, g, l)
     with _device(z):
         row_kernels.write_cotangents[(R * S,)](
-            z, y.contiguous(), tau, state, *weights, out, V, S, *z.stride(), *out.stride(),
-            BLOCK=width, num_warps=warps(width),
+            z, y.contiguous(), tau, state, *weights, out, V, S, *z.stride(), *out.stride(), **_launch(z, width)
         )  # fmt: skip
     return out
 
@@ -200,7 +219,7 @@ def row_cotangent_tangents(
     with _device(z):
         row_kernels.write_cotangent_tangents[(R * S,)](
             z, dz, y.contiguous(), tau, state, *weights, out, V, S,
-            *z.stride(), *dz.stride(), *out.stride(), BLOCK=width, num_warps=warps(width),
+            *z.stride(), *dz.stride(), *out.stride(), **_launch(z, width),
         )  # fmt: skip
     return out
 
