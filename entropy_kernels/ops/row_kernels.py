@@ -71,8 +71,10 @@ def _larger(a, b, PTX: tl.constexpr):
         m = tl.inline_asm_elementwise(
             "max.f16x2 $0, $1, $2;", "=r,r,r", [a, b], dtype=tl.float16, is_pure=True, pack=2
         )
-    else:
+    elif a.dtype == tl.float64:
         m = tl.maximum(a, b)
+    else:
+        m = tl.maximum(a.to(tl.float32), b.to(tl.float32))
     return m
 
 
