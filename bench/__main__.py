@@ -6,7 +6,7 @@ import argparse
 import importlib
 import os
 
-BENCHMARKS = ["rows", "linear", "truncated", "fisher", "fisher_size", "gate", "gate_head"]
+BENCHMARKS = ["rows", "linear", "truncated", "fisher", "fisher_size", "gate", "gate_head", "plots"]
 ON_GPU = {
     "rows": "rows_gpu",
     "linear": "linear_gpu",
@@ -20,7 +20,7 @@ if __name__ == "__main__":
         "--repeats",
         type=int,
         default=7,
-        help="timed rounds; every contender runs once a round (the gates time nothing)",
+        help="timed rounds; every contender runs once a round (the gates and plots time nothing)",
     )
     parser.add_argument(
         "--device",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -13,7 +14,7 @@ import torch
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from bench import gpu, timing  # noqa: E402
+from bench import gpu, plots, timing  # noqa: E402
 
 
 def test_contenders_take_turns_and_the_first_round_is_not_counted():
@@ -66,6 +67,57 @@ def test_a_wrong_number_of_ours_ends_in_an_error_after_the_others_were_timed():
     assert "| torch |" in "\n".join(gpu.table("values", found))
     with pytest.raises(SystemExit, match="ours, values: wrong"):
         gpu.stop_if_wrong([{"beside_peers": {"values": found}}])
+
+
+RESULT = {
+    "environment": {"device": "a CPU", "backend": "c++", "torch": "2", "commit": "abc"},
+    "shapes": [
+        {
+            "rows": 2, "vocabulary": 9, "dtype": "float32",
+            "timings": {
+                "forward": {name: timing.spread([ms, 1.1 * ms, 1.3 * ms]) for name, ms in
+                            {"read": 1.0, "ours": 1.5, "eager": 4321.0, "TRL": 90.0}.items()},
+                "jvp": {"read both": timing.spread([2.0, 2.0]), "ours": timing.spread([5.0, 6.0])},
+            },
+        },
+    ],
+}  # fmt: skip
+
+
+def test_pictures_and_readme_show_what_was_measured(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    (tmp_path / "docs" / "images").mkdir(parents=True)
+    (tmp_path / "results").mkdir()
+    for name in ("rows_cpu", "rows_cpu_other", "fisher_cpu"):  # the last two have no picture
+        (tmp_path / "results" / f"{name}.json").write_text(json.dumps(RESULT))
+    readme = tmp_path / "README.md"
+    readme.write_text(f"before\n{plots.BEGIN}\nold\n{plots.END}\nafter\n")
+    for name, path in {
+        "RESULTS": tmp_path / "results",
+        "README": readme,
+        "IMAGES": tmp_path / "docs" / "images",
+    }.items():
+        monkeypatch.setattr(plots, name, path)
+    plots.run()
+    first = readme.read_text()
+    assert "| forward, [2, 9] float32 | 1.1 | **1.65** | – | 4753 | 99 | – |" in first
+    assert "| jvp, [2, 9] float32 | 2 | **5.5** | – | – | – | – |" in first
+    assert "old" not in first and first.startswith("before\n") and first.endswith("after\n")
+    assert "GPU: no figure yet" in first and "rows_cpu_other" not in first
+    (picture,) = plots.IMAGES.iterdir()
+    drawn = picture.read_text()
+    assert picture.name == "bench_rows_cpu.svg" and ">4753<" in drawn and ">torch.compile<" not in drawn
+    plots.run()
+    assert readme.read_text() == first and picture.read_text() == drawn
+    readme.write_text("no place")
+    with pytest.raises(SystemExit, match="no place for the figures"):
+        plots.run()
+
+
+def test_readme_has_a_place_for_the_figures():
+    text = (ROOT / "README.md").read_text()
+    assert text.index(plots.BEGIN) < text.index(plots.END)
+    assert "docs/images/bench_rows_cpu.svg" in text
 
 
 def run(*arguments, **environment):

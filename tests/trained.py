@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import families
+import pytest
 import torch
 from characters import EOS, PAD, character_tokenizer
 
@@ -39,6 +40,8 @@ def train(
     With `lora` an adapter on a base model saved in where/base; `loss` is that of `grpo.train`, a reference being the model before
     training, in where/base; with `trained` only the parameters that have it in their names.
     """
+    for needed in ("trl", "datasets", "peft"):
+        pytest.importorskip(needed)
     from peft import LoraConfig
 
     from entropy_kernels.demo import grpo
