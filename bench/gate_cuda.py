@@ -39,7 +39,7 @@ GPUS = {  # architecture, multiprocessors, boost clock GHz, memory bandwidth GB/
 BANKS, CONFLICTS, ISSUED_PER_CLOCK = 32, 3.5, 128
 DTYPES = {"8BFloat16": "bf16", "7Float16": "fp16", "f": "fp32", "d": "fp64"}  # as mangled
 # Of csrc/truncated.cuh and truncated.cu: sizes of their memory in bytes, and how many packs of 16 bytes a thread loads in the source
-KEY_MEMORY, COUNT_MEMORY, WINDOW = 25104, 544, 0x4580 - 0x3380
+KEY_MEMORY, COUNT_MEMORY, WINDOW = 41488, 544, 0x4580 - 0x3380
 PACKS = {"by_counts": 6, "by_keys bf16": 6, "by_keys fp16": 6, "by_keys fp32": 12, "by_keys fp64": 12}
 COUNTING_DEPTH = 4  # packs under way in the counting loop
 

@@ -173,21 +173,29 @@ EK_DEVICE Share share_of(int bins) {
   return {begin, min(begin + size, bins)};
 }
 
-// The last occupied bin with less than `target` above it, and what is above it. `weight(b)` is what occupied bin b holds.
+// The last occupied bin with less than `target` above it, and what is above it; with SHARE the target is that share of all bins.
+// `weight(b)` is what occupied bin b holds.
 struct Crossing {
   int bin;
   double above;
 };
-template <class Weight>
+template <bool SHARE, class Weight>
 EK_DEVICE Crossing crossing(Together& t, const uint32_t* counts, int bins, double base, double target, Weight weight) {
   const Share share = share_of(bins);
   double mine = 0;
+  int found = -1;  // first the last of the thread's occupied bins
   for (int b = share.begin; b < share.end; b++)
-    if (counts[b]) mine += weight(b);
+    if (counts[b]) mine += weight(b), found = b;
+  if (SHARE) target *= over_block(mine, t.slots, Sum());
   double above = base + sum_before(mine, t.slots), above_found = 0;
-  int found = -1;
-  for (int b = share.begin; b < share.end && above < target; b++)
-    if (counts[b]) found = b, above_found = above, above += weight(b);
+  if (!(above < target)) {
+    found = -1;
+  } else if (above + mine < target) {  // it is not crossed here: no need to weigh the bins again
+    if (found >= 0) above_found = above + (mine - weight(found));
+  } else {
+    for (int b = share.begin; b < share.end && above < target; b++)
+      if (counts[b]) found = b, above_found = above, above += weight(b);
+  }
   if (threadIdx.x == 0) t.bin = -1;
   __syncthreads();
   if (found >= 0) atomicMax(&t.bin, found);

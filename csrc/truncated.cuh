@@ -85,46 +85,92 @@ struct KeyMemory {
   Together together;
   uint32_t counts[BINS];
   unsigned long long masses[BINS];
+  uint64_t list[BINS];  // keys, in any order: nothing that is made of them depends on it
 };
 
-// The smallest key in [low, high] that a token has and that less than `target` is above: in number, or with MASS in weight.
+// The threshold of a row, and the largest key below it that a token has: 0 if there is none, or not `known`.
+template <class Key>
+struct Found {
+  Key threshold, next;
+  bool known;
+};
+
+// The smallest key in [low, high] that a token has and that less than `target` is above it: in number, or with MASS in weight, where the
+// target is a share of what the keys from `law` on weigh. Intervals are halved 11 times at each read of the row; an interval of BINS
+// tokens or fewer is copied out and searched on in shared memory. `counted`: bins of [low, high] are already filled.
 template <bool MASS, class In, class Key>
-EK_DEVICE Key smallest_key(KeyMemory& m, const In* z, int V, Key low, Key high, double target, double peak, double inv_tau) {
+EK_DEVICE Found<Key> search(KeyMemory& m, const In* z, int V, Key low, Key high, Key law, double target, double peak, double inv_tau,
+                            bool counted) {
+  using T = typename Wide<In>::Number;
+  Together& t = m.together;
+  Key* list = reinterpret_cast<Key*>(m.list);
+  Key* keys = reinterpret_cast<Key*>(t.keys);
   int bits = 63;  // V of the largest weight, 2^bits, do not overflow
   while (int64_t(V) >> (63 - bits)) bits--;
   const double one = double(1ull << bits);
   double above = 0;
-  for (;;) {
+  int listed = -1;  // how many keys the list has, −1 before it has any
+  Key below = 0;    // the largest key below those of the list
+  for (bool first = true;; first = false, counted = false) {
     int shift = 0;
     while (((high - low) >> shift) >= Key(BINS)) shift++;
     const int bins = int((high - low) >> shift) + 1;
-    for (int b = threadIdx.x; b < bins; b += blockDim.x) {
-      m.counts[b] = 0;
-      if (MASS) m.masses[b] = 0;
-    }
-    __syncthreads();
-    each<MASS ? 1 : DEEP<In>>(z, V, [&](In x) {
-      const Key key = key_of(widen(x));
-      if (key < low || key > high) return;
-      const int b = int((high - key) >> shift);
-      atomicAdd(&m.counts[b], 1u);
-      if (MASS) {
-        const double top = number_of(Key(high - (Key(b) << shift)));
-        const double e = exp((double(widen(x)) - top) * inv_tau);
-        atomicAdd(&m.masses[b], static_cast<unsigned long long>(e * one + 0.5));
+    if (!counted) {
+      for (int b = threadIdx.x; b < bins; b += blockDim.x) {
+        m.counts[b] = 0;
+        if (MASS) m.masses[b] = 0;
       }
-    });
-    __syncthreads();
-    const Crossing c = crossing(m.together, m.counts, bins, above, target, [&](int b) {
+      __syncthreads();
+      double total = 0;
+      auto count = [&](Key key) {
+        if (MASS && first && key >= law) total += exp((double(number_of(key)) - peak) * inv_tau);
+        if (key < low || key > high) return;
+        const int b = int((high - key) >> shift);
+        atomicAdd(&m.counts[b], 1u);
+        if (MASS) {
+          const double top = number_of(Key(high - (Key(b) << shift)));
+          const double e = exp((double(number_of(key)) - top) * inv_tau);
+          atomicAdd(&m.masses[b], static_cast<unsigned long long>(e * one + 0.5));
+        }
+      };
+      if (listed < 0) {
+        each<MASS ? 1 : DEEP<In>>(z, V, [&](In x) { count(key_of(widen(x))); });
+      } else {
+        for (int i = threadIdx.x; i < listed; i += blockDim.x) count(list[i]);
+      }
+      if (MASS && first) target *= over_block(total, t.slots, Sum());
+      __syncthreads();
+    }
+    const Crossing c = crossing<false>(t, m.counts, bins, above, target, [&](int b) {
       if (!MASS) return double(m.counts[b]);
       return double(m.masses[b]) / one * exp((double(number_of(Key(high - (Key(b) << shift)))) - peak) * inv_tau);
     });
+    const uint32_t inside = m.counts[c.bin];
     above = c.above;
     high -= Key(c.bin) << shift;
-    if (shift == 0) return high;
     const Key span = (Key(1) << shift) - 1;
     if (high - low > span) low = high - span;
+    if (shift == 0) break;
+    __syncthreads();  // counts are free again
+    if (listed >= 0 || inside > uint32_t(BINS)) continue;
+    if (threadIdx.x == 0) t.flags = 0;
+    __syncthreads();
+    each<DEEP<In>>(z, V, [&](In x) {
+      const T v = widen(x);
+      const Key key = key_of(v);
+      if (key > high || !(v > -T(HUGE_VAL))) return;
+      if (key >= low) list[atomicAdd(&t.flags, 1)] = key;
+      else if (key > below) below = key;
+    });
+    below = over_block(below, keys, Largest());
+    listed = t.flags;
   }
+  if (listed >= 0) {
+    for (int i = threadIdx.x; i < listed; i += blockDim.x)
+      if (list[i] < high && list[i] > below) below = list[i];
+    below = over_block(below, keys, Largest());
+  }
+  return {high, below, listed >= 0};
 }
 
 template <class In>
@@ -141,14 +187,20 @@ __global__ void __launch_bounds__(KEY_THREADS, 3) by_keys(Rows a) {
   const int64_t k = a.k[r];
   const double tau = double(static_cast<const T*>(a.tau)[r]), inv_tau = 1 / tau, p = a.p[r];
 
-  // The largest and the smallest key of a number above −∞, and how many there are; 2^31 and more: a NaN
+  // The largest and the smallest key of a number above −∞ and how many there are; is there a NaN; for top-k, counts of all keys by 11 bits
+  const bool few = k < V;
+  constexpr int SHIFT = 8 * sizeof(Key) - 11;
+  static_assert(BINS == 1 << 11, "the first digit of a key fills the bins");
+  for (int b = threadIdx.x; few && b < BINS; b += blockDim.x) m.counts[b] = 0;
+  __syncthreads();
   Key high = 0, low = ~Key(0);
   int finite = 0, nan = 0;
   each<DEEP<In>>(z, V, [&](In x) {
     const T v = widen(x);
-    nan |= v != v;
-    if (!(v > -T(HUGE_VAL))) return;
     const Key key = key_of(v);
+    nan |= v != v;
+    if (few) atomicAdd(&m.counts[int(~key >> SHIFT)], 1u);
+    if (!(v > -T(HUGE_VAL))) return;
     high = key > high ? key : high, low = key < low ? key : low;
     finite++;
   });
@@ -160,39 +212,32 @@ __global__ void __launch_bounds__(KEY_THREADS, 3) by_keys(Rows a) {
   const bool lawful = !nan && finite > 0 && peak < HUGE_VAL && tau > 0 && tau < HUGE_VAL && k > 0 && p > 0;
   if (!lawful) return write_lawless<In>(a, r);
 
-  Key threshold = low;
-  if (k < finite) threshold = smallest_key<false>(m, z, V, low, high, double(k), peak, inv_tau);
+  Found<Key> found{low, 0, true};
+  if (k < finite) found = search<false>(m, z, V, Key(0), Key(~Key(0)), low, double(k), peak, inv_tau, true);
+  __syncthreads();
   if (p < 1) {
-    double total = 0;
-    each<1>(z, V, [&](In x) {
-      const T v = widen(x);
-      if (v > -T(HUGE_VAL) && key_of(v) >= threshold) total += exp((double(v) - peak) * inv_tau);
-    });
-    total = over_block(total, t.slots, Sum());
     // V tokens of weight e^{−reach} have less than (1 − p) of the mass: none of them crosses
     const double reach = log(double(V) / (1 - p)) + 1;
-    const Key least = key_of(T(peak - reach * tau)) - 1;
-    const Key from = least > threshold ? least : threshold;
-    threshold = smallest_key<true>(m, z, V, from < high ? from : high, high, p * total, peak, inv_tau);
+    const Key least = key_of(T(peak - reach * tau)) - 1, law = found.threshold;
+    const Key from = least > law ? least : law;
+    found = search<true>(m, z, V, from < high ? from : high, high, law, p, peak, inv_tau, false);
   }
+  const Key threshold = found.threshold;
   const double z_threshold = double(number_of(threshold));
   if (a.count == nullptr) return write_row<In>(a, r, z_threshold, Part{peak, 0, 0}, Part{-HUGE_VAL, 0, 0}, 0);
 
-  Key tail_high = 0;
-  int count = 0;
-  each<DEEP<In>>(z, V, [&](In x) {
-    const T v = widen(x);
-    if (!(v > -T(HUGE_VAL))) return;
-    const Key key = key_of(v);
-    if (key >= threshold) count++;
-    else if (key > tail_high) tail_high = key;
-  });
-  count = over_block(count, numbers, Sum()), tail_high = over_block(tail_high, keys, Largest());
-  const double tail_peak = tail_high > 0 ? double(number_of(tail_high)) : -HUGE_VAL;
-
+  if (!found.known) {
+    each<DEEP<In>>(z, V, [&](In x) {
+      const T v = widen(x);
+      const Key key = key_of(v);
+      if (v > -T(HUGE_VAL) && key < threshold && key > found.next) found.next = key;
+    });
+    found.next = over_block(found.next, keys, Largest());
+  }
+  const double tail_peak = found.next > 0 ? double(number_of(found.next)) : -HUGE_VAL;
   const double peaks[2] = {peak, tail_peak};  // kept, tail
   double others[2] = {0, 0}, weighted[2] = {0, 0};
-  int at_peak[2] = {0, 0};
+  int at_peak[2] = {0, 0}, count = 0;
   each<1>(z, V, [&](In x) {
     const T v = widen(x);
     if (!(v > -T(HUGE_VAL))) return;
@@ -200,10 +245,12 @@ __global__ void __launch_bounds__(KEY_THREADS, 3) by_keys(Rows a) {
     const double origin = kept ? peak : tail_peak;
     const double c = (double(v) - origin) * inv_tau, e = exp(c), ec = e > 0 ? e * c : 0;
     const bool tied = double(v) == origin;
+    count += kept;
     at_peak[0] += kept && tied, at_peak[1] += !kept && tied;
     others[0] += kept && !tied ? e : 0, weighted[0] += kept ? ec : 0;
     others[1] += !kept && !tied ? e : 0, weighted[1] += kept ? 0 : ec;
   });
+  count = over_block(count, numbers, Sum());
   Part part[2];
   for (int i = 0; i < 2; i++) {
     const int tied = over_block(at_peak[i], numbers, Sum());
@@ -290,15 +337,9 @@ __global__ void __launch_bounds__(COUNTING_THREADS, 2) by_counts(Rows a) {
     return;
   }
 
-  if (k < inside) last = crossing(t, counts, bins, 0, double(k), [&](int b) { return double(counts[b]); }).bin;
-  auto mass = [&](int b) { return b <= last ? counts[b] * exp((number(b) - peak) * inv_tau) : 0.0; };
-  if (p < 1) {
-    double total = 0;
-    for (int b = share.begin; b < share.end && b <= last; b++)
-      if (counts[b]) total += mass(b);
-    total = over_block(total, t.slots, Sum());
-    last = min(last, crossing(t, counts, bins, 0, p * total, mass).bin);
-  }
+  if (k < inside) last = crossing<false>(t, counts, bins, 0, double(k), [&](int b) { return double(counts[b]); }).bin;
+  auto mass = [&](int b) { return counts[b] * exp((number(b) - peak) * inv_tau); };
+  if (p < 1) last = crossing<true>(t, counts, last + 1, 0, p, mass).bin;
   int tail_first = bins, count = 0;
   for (int b = share.begin; b < share.end; b++)
     if (counts[b]) {

@@ -10,7 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from row_cases import case, each_dtype, special_rows
+from test_kept_sets import BINARY, counted
 
 from entropy_kernels.functional import truncated as functional
 from entropy_kernels.functional.rows import rows_from
@@ -84,7 +87,7 @@ def run_rows(request, tmp_path_factory):
     return run
 
 
-def settings(R, V, seed=0):
+def truncations(R, V, seed=0):
     """k and p of each row, of every kind: few, many, all; one, some and nearly all of the mass."""
     g = torch.Generator().manual_seed(seed)
     k = torch.tensor([1, 2, 7, 50, 300, V // 2 + 1, V, V + 5])[
@@ -114,7 +117,7 @@ def assert_truncated(found, z, y, tau, k, p, dtype, rtol=2e-7):
 def test_equals_sorting_in_float64(run_rows, dtype, V):
     R = 12
     z, _, _, y, tau, _ = case(R, V, dtype)
-    k, p = settings(R, V)
+    k, p = truncations(R, V)
     assert_truncated(run_rows(z, y, tau, k, p), z, y, tau, k, p, dtype)
 
 
@@ -205,7 +208,7 @@ def test_agrees_with_the_c_plus_plus_of_the_cpu(run_rows):
         pytest.skip("no library of the CPU rows")
     for dtype in NUMBER:
         z, _, _, y, tau, _ = case(16, 5003, dtype)
-        k, p = settings(16, 5003, seed=9)
+        k, p = truncations(16, 5003, seed=9)
         got, threshold, _ = run_rows(z, y, tau, k, p)
         want = cpu.truncated_values_of_rows(z, y, tau, k, p)
         assert torch.equal((z.to(threshold.dtype) >= threshold[:, None]), cpu.kept_set(z, tau, k, p))
@@ -213,6 +216,23 @@ def test_agrees_with_the_c_plus_plus_of_the_cpu(run_rows):
             assert torch.allclose(
                 g.double(), w.double(), rtol=1e-12 if dtype == torch.float64 else 3e-6, atol=0
             )
+
+
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(
+    st.lists(st.sampled_from(BINARY), min_size=1, max_size=12).filter(lambda row: max(row) > -torch.inf),
+    st.integers(1, 13),
+    st.sampled_from([0.01, 0.1, 1 / 3, 0.6, 0.75, 0.9, 0.999, 1.0]),
+    st.sampled_from([torch.float64, torch.bfloat16]),
+)
+def test_the_kept_set_is_counted_exactly(run_rows, row, k, p, dtype):
+    z = torch.tensor([row], dtype=dtype)
+    tau = 1 / torch.full((1,), 2.0, dtype=compute_dtype(dtype)).log()
+    truncation = torch.tensor([k]), torch.tensor([p], dtype=torch.float64)
+    if dtype == torch.float64 or p != 0.75:  # in float32 τ is not 1/ln 2: 3/4 is not met exactly
+        threshold = run_rows(z, torch.tensor([-1]), tau, *truncation)[1]
+        kept = (z[0].double() >= threshold.double()).nonzero().flatten()
+        assert set(kept.tolist()) == counted(row, k, p)
 
 
 @each_dtype
@@ -237,7 +257,7 @@ def test_rows_without_a_law(run_rows, dtype):
 def test_any_start_no_neighbour_no_order_of_threads(run_rows, dtype):
     """Rows that start off a 16-byte border, alone or among others, threads and atomics in any order: the same bits."""
     z, _, _, y, tau, _ = case(6, 3001, dtype)
-    k, p = settings(6, 3001, seed=3)
+    k, p = truncations(6, 3001, seed=3)
     want = torch.stack([x.double() for x in run_rows(z, y, tau, k, p)[0]])
     assert want.isfinite().sum() > 24
     padded = torch.full((6, 3040), torch.nan, dtype=dtype)
