@@ -28,6 +28,7 @@ from .errors import CertificationError, UserError
 Item = TypeVar("Item")
 Value = TypeVar("Value")
 
+_MEETING = timedelta(minutes=10)  # until all ranks have to be there
 _PATIENCE = timedelta(days=7)  # a rank that ends closes its connections; one that is slow is waited for
 _TELLING = 600.0  # seconds until a rank that failed stops waiting to be asked, and ends the run by ending
 
@@ -74,15 +75,15 @@ def joined() -> Iterator[None]:
     raises it, the others exit with status 1.
 
     Raises:
-        UserError: what another rank has raised, or that it has ended without a word.
+        UserError: what another rank has raised, or that it has ended without a word; ranks that do not find each other.
     """
     global _ranks, _told
-    ranks = _Ranks(int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")))
+    there = os.environ.keys() >= {"RANK", "WORLD_SIZE"}
+    ranks = _Ranks(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])) if there else _ALONE
     if ranks.size == 1 or _ranks is not _ALONE or dist.is_initialized():
         yield
         return
-    # Results lie on the CPU and go by gloo; parameters on a GPU go by NCCL.
-    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=_PATIENCE)
+    _meet(ranks)
     _ranks, _told = ranks, False
     try:
         with _silent() if ranks.rank else contextlib.nullcontext():
@@ -273,6 +274,19 @@ def _tell(error: Exception) -> bool:
     thread.start()
     thread.join(_TELLING)
     return bool(done)
+
+
+def _meet(ranks: _Ranks) -> None:
+    """The process group of all ranks: results lie on the CPU and go by gloo; parameters on a GPU go by NCCL."""
+    try:
+        store, rank, size = next(dist.rendezvous("env://", ranks.rank, ranks.size, timeout=_MEETING))
+    except (ValueError, RuntimeError) as error:
+        raise UserError(
+            f"ranks: rank {ranks.rank} of {ranks.size} does not find the others: {str(error).splitlines()[0]} The environment has RANK and "
+            "WORLD_SIZE; start with torchrun, which sets all that is needed, or unset them for a run of one process."
+        ) from error
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=_PATIENCE)
 
 
 @contextlib.contextmanager

@@ -139,6 +139,15 @@ def test_what_is_not_split_is_refused(arguments, monkeypatch, capsys):
     assert "only measurements are split over ranks" in " ".join(capsys.readouterr().err.split())
 
 
+def test_an_environment_without_a_meeting_point_is_refused(monkeypatch, capsys):
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    assert main(["plan", "somewhere"]) == 1
+    said = " ".join(capsys.readouterr().err.split())
+    assert "rank 0 of 2 does not find the others" in said and "MASTER_ADDR" in said
+
+
 def test_ranks_take_the_gpu_of_their_number(monkeypatch):
     assert distributed.own_device(None) is None and distributed.own_device("cuda:3") == "cuda:3"
     monkeypatch.setattr(distributed, "_ranks", distributed._Ranks(5, 8))
