@@ -92,7 +92,7 @@ def joined() -> Iterator[None]:
     except Exception as error:
         lost = isinstance(error, _LostError)
         known = lost or _told or _tell(error)
-        if known and not lost:
+        if known and not (lost and torch.cuda.is_available()):  # NCCL might wait for the one that is lost
             dist.destroy_process_group()
         if ranks.rank and known and isinstance(error, (UserError, CertificationError)):
             raise SystemExit(1) from error  # rank 0 says it
@@ -278,6 +278,9 @@ def _tell(error: Exception) -> bool:
 
 def _meet(ranks: _Ranks) -> None:
     """The process group of all ranks: results lie on the CPU and go by gloo; parameters on a GPU go by NCCL."""
+    # Loaded later, its default arguments would hold the group, whose threads then outlive `joined` and can abort Python's exit.
+    import torch.distributed.nn.functional
+
     try:
         store, rank, size = next(dist.rendezvous("env://", ranks.rank, ranks.size, timeout=_MEETING))
     except (ValueError, RuntimeError) as error:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import signal
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -98,6 +100,10 @@ def agree(rank: int) -> None:
         check_nested()
         check_first()
         check_error_in_work()
+        importlib.import_module("torch.distributed.nn.functional")  # as torch._dynamo does
+    tasks = Path("/proc/self/task")
+    names = [(task / "comm").read_text() for task in tasks.iterdir()] if tasks.exists() else []
+    assert not any("gloo" in name for name in names)  # threads of the group
     assert not dist.is_initialized() and distributed.count() == 1
     assert [int(found) for _, (*_, found) in distributed.dealt(range(2), of_item)] == [0, 0]
 
