@@ -171,12 +171,12 @@ EK_LOOP void new_peak(RowStats<T, K>& row, T peak, int64_t index, const T* x_pea
 }
 
 template <int K, class T, class In>
-EK_LOOP RowStats<T, K> row_stats(const In* z, const In* const* tangents, int64_t V, double inv_tau) {
+EK_LOOP RowStats<T, K> row_stats(const In* z, const In* const* tangents, int64_t V, double inv_tau,
+                                 RowStats<T, K> row = {}) {  // of the columns before these
   constexpr int L = Lanes<T>::n;
   constexpr T none = -std::numeric_limits<T>::infinity();
   const Exp<T> exponential = Exp<T>::of(inv_tau);
   Buffers<T, K> buffers;
-  RowStats<T, K> row;
   for (int64_t start = 0; start < V; start += CHUNK<K>) {
     const int n = int(std::min<int64_t>(CHUNK<K>, V - start)), vectors = (n + L - 1) / L;
     const In* z_chunk = z + start;

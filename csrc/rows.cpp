@@ -61,6 +61,19 @@ struct PartArgs {
 };
 using PartKernel = void (*)(const PartArgs&, int64_t begin, int64_t end);
 
+// Rows that come a tile of columns at a time.
+enum class TileFunction { values, tangents, cotangents };
+struct TileArgs {
+  int64_t R = 0, V = 0, z_stride = 0, dz_stride = 0;
+  const void *z = nullptr, *dz = nullptr, *tau = nullptr;
+  const int64_t* y = nullptr;
+  const void* weights[3] = {};  // q, g, l
+  const double* state = nullptr;
+  double* carry = nullptr;
+  void* out = nullptr;
+};
+using TileKernel = void (*)(const TileArgs&, int64_t begin, int64_t end);
+
 // Two bytes each, told apart by the type alone.
 struct BFloat16 {
   uint16_t bits;
@@ -91,6 +104,7 @@ namespace baseline {
 #include "row_kernels.h"
 #include "part_stats.h"
 #include "part_kernels.h"
+#include "tile_kernels.h"
 #include "truncated_kernels.h"
 #undef EK_FN
 #undef EK_LOOP
@@ -107,6 +121,7 @@ namespace avx2 {
 #include "row_kernels.h"
 #include "part_stats.h"
 #include "part_kernels.h"
+#include "tile_kernels.h"
 #include "truncated_kernels.h"
 #undef EK_FN
 #undef EK_LOOP
@@ -122,6 +137,7 @@ namespace avx512 {
 #include "row_kernels.h"
 #include "part_stats.h"
 #include "part_kernels.h"
+#include "tile_kernels.h"
 #include "truncated_kernels.h"
 #undef EK_FN
 #undef EK_LOOP
@@ -162,6 +178,15 @@ TruncatedKernel pick_truncated(Dtype dtype, int64_t level) {
   if (level == 1) return avx2::truncated_kernel_for(dtype);
 #endif
   return baseline::truncated_kernel_for(dtype);
+}
+
+TileKernel pick_tile(TileFunction function, Dtype dtype, int64_t level) {
+  check_level(level);
+#if defined(__x86_64__)
+  if (level == 2) return avx512::tile_kernel_for(function, dtype);
+  if (level == 1) return avx2::tile_kernel_for(function, dtype);
+#endif
+  return baseline::tile_kernel_for(function, dtype);
 }
 
 const void* rows_of(const Tensor& x, const Tensor& z, int64_t* stride, const char* name) {
@@ -268,6 +293,56 @@ void cotangent_tangents(const Tensor& z, const Tensor& dz, const Tensor& y, cons
   run(Function::cotangent_tangents, z, a, level);
 }
 
+TileArgs tile(const Tensor& z, const Tensor& tau) {
+  TileArgs a;
+  a.z = rows_of(z, z, &a.z_stride, "z");
+  a.R = z.size(0), a.V = z.size(1);
+  check_vector(tau, a.R, compute_dtype(z), "tau");
+  a.tau = tau.const_data_ptr();
+  return a;
+}
+
+void check_carry(const Tensor& x, int64_t R, int64_t numbers, const char* name) {
+  STD_TORCH_CHECK(x.dim() == 2 && x.size(0) == R && x.size(1) == numbers && x.is_contiguous() &&
+                      x.scalar_type() == Dtype::Double,
+                  "rows: ", name, " must be a contiguous [R, ", numbers, "] in float64");
+}
+
+void tile_values(const Tensor& z, const Tensor& tau, const Tensor& carry, int64_t level) {
+  TileArgs a = tile(z, tau);
+  check_carry(carry, a.R, 3, "the carry");
+  a.carry = carry.mutable_data_ptr<double>();
+  over_rows(pick_tile(TileFunction::values, z.scalar_type(), level), a);
+}
+
+void tile_tangents(const Tensor& z, const Tensor& dz, const Tensor& tau, const Tensor& carry, int64_t level) {
+  TileArgs a = tile(z, tau);
+  a.dz = rows_of(dz, z, &a.dz_stride, "dz");
+  check_carry(carry, a.R, 6, "the carry");
+  a.carry = carry.mutable_data_ptr<double>();
+  over_rows(pick_tile(TileFunction::tangents, z.scalar_type(), level), a);
+}
+
+void tile_cotangents(const Tensor& z, const Tensor& y, const Tensor& tau, const Tensor& state, const Tensor& q,
+                     const Tensor& g, const Tensor& l, const Tensor& out, int64_t level) {
+  TileArgs a = tile(z, tau);
+  check_vector(y, a.R, Dtype::Long, "y");
+  a.y = y.const_data_ptr<int64_t>();
+  for (int64_t r = 0; r < a.R; r++) STD_TORCH_CHECK(a.y[r] < a.V, "rows: target ", a.y[r], " is outside ", a.V, " columns");
+  check_carry(state, a.R, 3, "the state");
+  a.state = state.const_data_ptr<double>();
+  const Tensor* weights[3] = {&q, &g, &l};
+  for (int k = 0; k < 3; k++) {
+    check_vector(*weights[k], a.R, compute_dtype(z), "a cotangent");
+    a.weights[k] = weights[k]->const_data_ptr();
+  }
+  int64_t stride = 0;
+  rows_of(out, z, &stride, "the output");
+  STD_TORCH_CHECK(out.is_contiguous(), "rows: the output must be contiguous");
+  a.out = out.mutable_data_ptr();
+  over_rows(pick_tile(TileFunction::cotangents, z.scalar_type(), level), a);
+}
+
 TruncatedArgs truncation(const Tensor& z, const Tensor& tau, const Tensor& top_k, const Tensor& top_p, const Tensor& threshold) {
   TruncatedArgs a;
   a.z = rows_of(z, z, &a.z_stride, "z");
@@ -320,6 +395,11 @@ STABLE_TORCH_LIBRARY(entropy_kernels, m) {
   m.def(
       "row_cotangent_tangents(Tensor z, Tensor dz, Tensor y, Tensor tau, Tensor q, Tensor g, Tensor l, "
       "Tensor dq, Tensor dg, Tensor dl, Tensor(a!) out, int level) -> ()");
+  m.def("tile_values(Tensor z, Tensor tau, Tensor(a!) carry, int level) -> ()");
+  m.def("tile_tangents(Tensor z, Tensor dz, Tensor tau, Tensor(a!) carry, int level) -> ()");
+  m.def(
+      "tile_cotangents(Tensor z, Tensor y, Tensor tau, Tensor state, Tensor q, Tensor g, Tensor l, Tensor(a!) out, int level) "
+      "-> ()");
   m.def("row_thresholds(Tensor z, Tensor tau, Tensor top_k, Tensor top_p, Tensor(a!) threshold, int level) -> ()");
   m.def(
       "truncated_values(Tensor z, Tensor y, Tensor tau, Tensor top_k, Tensor top_p, Tensor(a!) threshold, Tensor(b!) entropy, "
@@ -346,6 +426,9 @@ STABLE_TORCH_LIBRARY_IMPL(entropy_kernels, CPU, m) {
   m.impl("row_second_tangents", TORCH_BOX(&second_tangents));
   m.impl("row_cotangents", TORCH_BOX(&cotangents));
   m.impl("row_cotangent_tangents", TORCH_BOX(&cotangent_tangents));
+  m.impl("tile_values", TORCH_BOX(&tile_values));
+  m.impl("tile_tangents", TORCH_BOX(&tile_tangents));
+  m.impl("tile_cotangents", TORCH_BOX(&tile_cotangents));
   m.impl("row_thresholds", TORCH_BOX(&thresholds));
   m.impl("truncated_values", TORCH_BOX(&truncated_values));
   m.impl("part_values", TORCH_BOX(&part_values));

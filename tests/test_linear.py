@@ -11,9 +11,17 @@ import torch.autograd.forward_ad as fwAD
 from torch.func import grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
 
 from entropy_kernels import linear_entropy_logprob
+from entropy_kernels.functional.rows import rows_from
+from entropy_kernels.ops import linear, reference, tiles
 
 TAU, N, D, V = 0.7, 7, 5, 13
 ROW = V * 8  # bytes of one row of logits in float64
+
+
+@pytest.fixture(autouse=True)
+def several_tiles(monkeypatch):
+    """Tiles of 5 columns, so that the 13 here are cut, and cut raggedly."""
+    monkeypatch.setattr(linear, "TILE_COLUMNS", 5)
 
 
 def plain(x, y, softcap=None, tau=TAU):
@@ -142,7 +150,7 @@ def test_dual_numbers_beside_the_tape(mode):
 def test_forward_mode_makes_the_logits_once(monkeypatch, inside):
     """Values and tangents are three products a chunk; so they are where the direction of another level is moving too."""
     (h, W, _b), y, u, v, _c = problem(9)
-    made = []
+    made, cuts = [], 3 if tiles.available() else 1
     mm = torch.mm
     monkeypatch.setattr(torch, "mm", lambda *a, **k: (made.append(a[0]), mm(*a, **k))[1])
 
@@ -151,11 +159,33 @@ def test_forward_mode_makes_the_logits_once(monkeypatch, inside):
 
     if inside:
         value, tangent = jvp(lambda W: jvp(lambda h: f(h, W), (h,), (v[0],))[1], (W,), (u[1],))
-        assert len(made) == 3  # values and tangents, their tangent: first along u, then along both
+        assert (
+            len(made) == 7
+        )  # 3 tiles of values and tangents, 3 for their tangents along u, a chunk for the mixed second
     else:
         value, tangent = jvp(f, (h, W), v[:2])
-        assert len(made) == 1
+        assert len(made) == cuts
     assert value.abs().min() > 0 and tangent.abs().min() > 0
+
+
+@pytest.mark.parametrize("softcap", [None, 2.0])
+@pytest.mark.parametrize(
+    "mode", ["value", "reverse", "forward", "forward over reverse", "reverse over reverse"]
+)
+def test_rows_by_chunks(mode, softcap):
+    """Where rows are not carried from tile to tile (plain torch here), chunks of whole rows give the same."""
+    x, y, u, v, c = problem(10)
+
+    def run(of):
+        def f(x):
+            return of(x, y, softcap)
+
+        return leaves(tree(f, lambda x: (f(x).sin() * c).sum())[mode](x, u, v))
+
+    with rows_from(reference):
+        found = run(ours)
+    for expected, got in zip(run(plain), found, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-11, atol=1e-12 * float(expected.abs().max()))
 
 
 @pytest.mark.parametrize("moved", ["hidden", "weight", "bias"])

@@ -60,7 +60,7 @@ def _filled(w: tuple[Tensor | None, ...]) -> tuple[Tensor, ...]:
 
 
 class _Values(Function):
-    """(h, W, b) → F."""
+    """(h, W, b) → F, and the state of its rows, which spares the gradient a search and is a constant to everyone."""
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> Any:
@@ -68,22 +68,24 @@ class _Values(Function):
 
     @staticmethod
     def forward(h: Tensor, W: Tensor, b: Tensor | None, *shared: Any) -> tuple[Tensor, ...]:
-        return tuple(linear.linear_values(_point((h, W, b), shared)))
+        values, state = linear.linear_values_and_state(_point((h, W, b), shared))
+        return *values, state
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        _keep(ctx, inputs[:5], inputs[5:])
+        ctx.mark_non_differentiable(output[3])
+        _keep(ctx, (*inputs[:5], output[3]), inputs[5:])
 
     @staticmethod
     def jvp(ctx: Any, dh: Any, dW: Any, db: Any, *_: Any) -> Any:
-        h, W, b, y, tau = ctx.saved_tensors
-        return _Tangents.apply(h, W, b, dh, dW, db, y, tau, *ctx.constants)
+        h, W, b, y, tau, _state = ctx.saved_tensors
+        return *_Tangents.apply(h, W, b, dh, dW, db, y, tau, *ctx.constants), None
 
     @staticmethod
     def backward(ctx: Any, *w: Tensor) -> Any:
-        h, W, b, y, tau = ctx.saved_tensors
+        h, W, b, y, tau, state = ctx.saved_tensors
         wanted = tuple(ctx.needs_input_grad[:3])
-        found = _Cotangents.apply(h, W, b, *w, y, tau, *ctx.constants, wanted)
+        found = _Cotangents.apply(h, W, b, *w[:3], y, tau, state, *ctx.constants, wanted)
         return *_scattered(found, wanted), None, None, None, None
 
 
@@ -119,7 +121,7 @@ class _ValuesAndTangents(Function):
         if any(t is not None for t in w[3:]):
             grads = list(_Tangents.backward(ctx, *_filled(w[3:]))[:6])
         if any(t is not None for t in w[:3]) and any(wanted):
-            found = _Cotangents.apply(*x, *_filled(w[:3]), y, tau, *ctx.constants, wanted)
+            found = _Cotangents.apply(*x, *_filled(w[:3]), y, tau, None, *ctx.constants, wanted)
             for i, t in enumerate(_scattered(found, wanted)):
                 grads[i] = t if grads[i] is None else t if t is None else grads[i] + t
         return *grads, None, None, None, None
@@ -154,7 +156,7 @@ class _Given(Function):
         wanted = tuple(ctx.needs_input_grad[:3])
         found: tuple[Tensor, ...] = ()
         if any(wanted):
-            found = _Cotangents.apply(h, W, b, *_filled(w), y, tau, *ctx.constants, wanted)
+            found = _Cotangents.apply(h, W, b, *_filled(w), y, tau, None, *ctx.constants, wanted)
         return *_scattered(found, wanted), *(None,) * 10
 
 
@@ -209,7 +211,7 @@ class _Tangents(Function):
             found = _CotangentTangents.apply(*x, *v, *w, *zero, y, tau, *ctx.constants, wanted_x)
             grads[:3] = _scattered(found, wanted_x)
         if any(wanted_v):
-            found = _Cotangents.apply(*x, *w, y, tau, *ctx.constants, wanted_v)
+            found = _Cotangents.apply(*x, *w, y, tau, None, *ctx.constants, wanted_v)
             grads[3:] = _scattered(found, wanted_v)
         return *grads, None, None, None, None
 
@@ -223,13 +225,14 @@ class _Cotangents(Function):
 
     @staticmethod
     def forward(h: Tensor, W: Tensor, b: Any, q: Tensor, g: Tensor, l: Tensor, *rest: Any) -> Any:  # noqa: E741
-        *shared, wanted = rest
-        found = linear.linear_cotangents(_point((h, W, b), tuple(shared)), (q, g, l), wanted)
+        y, tau, state, softcap, workspace, wanted = rest
+        point = _point((h, W, b), (y, tau, softcap, workspace))
+        found = linear.linear_cotangents(point, (q, g, l), wanted, state)
         return tuple(t for t in found if t is not None)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        _keep(ctx, inputs[:8], inputs[8:])
+        _keep(ctx, inputs[:8], inputs[9:])
 
     @staticmethod
     def jvp(ctx: Any, *u: Any) -> Any:
@@ -250,7 +253,7 @@ class _Cotangents(Function):
             grads[:3] = _scattered(found, wanted_x)
         if any(ctx.needs_input_grad[3:6]):
             grads[3:] = _Tangents.apply(*x, *direction, y, tau, *constants)
-        return *grads, None, None, None, None, None
+        return *grads, *(None,) * 6
 
 
 class _CotangentTangents(Function):
@@ -353,7 +356,7 @@ def linear_entropy_logprob(
             compiled.refuse_dual_numbers(name)
             entropy, logprob, logsumexp = compiled.head(*head)
         else:
-            entropy, logprob, logsumexp = _values(*head)
+            entropy, logprob, logsumexp, *_ = _values(*head)
     return EntropyLogprob(
         entropy.reshape(shape), None if targets is None else logprob.reshape(shape), logsumexp.reshape(shape)
     )

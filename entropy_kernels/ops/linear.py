@@ -8,9 +8,12 @@ With s = dz/da = 1 − (z/κ)² (1 without a soft cap) and a dot for the tangent
     cotangents, from dz of the row functions:   da = s dz      dh = da W      dW = daᵀ h      db = Σ da
     their tangents:   ḋa = s ḋz + ṡ dz      ḋh = ḋa W + da Ẇ      ḋW = ḋaᵀ h + daᵀ ḣ      ḋb = Σ ḋa
 
-Never more than `workspace` bytes of logits, tangents and cotangents exist at once: the rows of a chunk are chosen so. Products are the
-library's; what happens to a row of logits is asked of `rows`, the file of `ops` for the device. Logits have the dtype of h, as
-the layer itself would give them; sums over rows (dW, db) are kept in float32 or wider (docs/theory.md, section 2).
+Never more than `workspace` bytes of logits, tangents and cotangents exist at once. There are two ways to cut them. *Chunks* are rows of
+all columns, which any file of `ops` can work on (`rows`, the one for the device). *Tiles* are columns of many rows, in the order of the
+columns: W is read once, dW is written once, and on the CPU a tile is still in the cache when its rows are summed. Values and tangents
+are carried from tile to tile (`tiles`, on the CPU); a gradient goes by tiles wherever the values have left the state of their rows.
+Products are the library's. Logits have the dtype of h, as the layer itself would give them; sums over rows (dW, db) or over tiles (dh)
+are kept in float32 or wider (docs/theory.md, section 2).
 """
 
 from __future__ import annotations
@@ -22,7 +25,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from . import cpu, tiles
 from .reference import RowValues, compute_dtype
+
+TILE_COLUMNS = 4096
+TILE_ROWS = 1024  # on the CPU
 
 
 class Head(NamedTuple):
@@ -46,14 +53,37 @@ class Point(NamedTuple):
 
 def linear_values(x: Point) -> RowValues:
     """F at z(h, W, b), each [N], in nats."""
-    out = _empty(x)
+    return linear_values_and_state(x)[0]
+
+
+def linear_values_and_state(x: Point) -> tuple[RowValues, Tensor]:
+    """F, and the state of the rows that `linear_cotangents` can take over, [N, 3]; [N, 0] where `rows` has none to give."""
+    if _carried(x):
+        carry, z_y = (
+            tiles.carry(len(x.targets), 0),
+            x.temperature.new_zeros(len(x.targets), dtype=torch.float64),
+        )
+        for b, c, z in _tiles(x, 1):
+            tiles.add_values(z, x.temperature[b], carry[b])
+            _pick(z_y, x.targets, b, c, z)
+        return tiles.values(carry, z_y, x.targets, x.temperature, _dtype(x)), tiles.state(
+            carry, x.temperature
+        )
+    out, states = _empty(x), []
     for b, z in _chunks(x, 1):
-        _put(out, b, x.rows.row_values(z, x.targets[b], x.temperature[b]))
-    return out
+        if hasattr(x.rows, "row_values_and_state"):
+            part, state = x.rows.row_values_and_state(z, x.targets[b], x.temperature[b])
+            states.append(state)
+        else:
+            part = x.rows.row_values(z, x.targets[b], x.temperature[b])
+        _put(out, b, part)
+    return out, torch.cat(states) if states else out.entropy.new_empty(len(x.targets), 0)
 
 
 def linear_tangents(x: Point, v: Head) -> RowValues:
     """F'(z)·ż, each [N], nats per unit of the tangent v."""
+    if _carried(x):
+        return linear_values_and_tangents(x, v)[1]
     out = _empty(x)
     for b, z, dz in _chunks(x, 2):
         _put(out, b, x.rows.row_tangents(z, _tangent(x, v, b, z, dz), x.targets[b], x.temperature[b]))
@@ -62,11 +92,21 @@ def linear_tangents(x: Point, v: Head) -> RowValues:
 
 def linear_values_and_tangents(x: Point, v: Head) -> tuple[RowValues, RowValues]:
     """F and F'(z)·ż of the same logits, made once."""
+    y, tau = x.targets, x.temperature
+    if _carried(x):
+        carry = tiles.carry(len(y), 1)
+        z_y, dz_y = tau.new_zeros(2, len(y), dtype=torch.float64)
+        for b, c, z, dz in _tiles(x, 2):
+            tiles.add_tangents(z, _tangent(x, v, b, z, dz, c), tau[b], carry[b])
+            _pick(z_y, y, b, c, z)
+            _pick(dz_y, y, b, c, dz)
+        return tiles.values(carry, z_y, y, tau, _dtype(x)), tiles.tangents(
+            carry, dz_y, y, tau, x.temperature.dtype
+        )
     out, d_out = _empty(x), _empty(x)
     for b, z, dz in _chunks(x, 2):
-        y, tau = x.targets[b], x.temperature[b]
-        _put(out, b, x.rows.row_values(z, y, tau))
-        _put(d_out, b, x.rows.row_tangents(z, _tangent(x, v, b, z, dz), y, tau))
+        _put(out, b, x.rows.row_values(z, y[b], tau[b]))
+        _put(d_out, b, x.rows.row_tangents(z, _tangent(x, v, b, z, dz), y[b], tau[b]))
     return out, d_out
 
 
@@ -84,8 +124,12 @@ def linear_second_tangents(x: Point, u: Head, v: Head) -> RowValues:
     return out
 
 
-def linear_cotangents(x: Point, weights: tuple[Tensor, ...], wanted: tuple[bool, bool, bool]) -> Head:
-    """The gradient of Σ (q·H + g·logprob + l·logsumexp) with respect to (h, W, b), where wanted."""
+def linear_cotangents(
+    x: Point, weights: tuple[Tensor, ...], wanted: tuple[bool, bool, bool], state: Tensor | None = None
+) -> Head:
+    """The gradient of Σ (q·H + g·logprob + l·logsumexp) with respect to (h, W, b), where wanted; `state` as the values gave it."""
+    if state is not None and state.shape[1]:
+        return _tiled_cotangents(x, weights, wanted, state)
     out = _zeros(x, wanted)
     for b, z, *spare in _chunks(x, 1 + (x.softcap is not None), sums=True):
         da = spare[0] if spare else z  # without a soft cap the logits are not needed again
@@ -94,6 +138,45 @@ def linear_cotangents(x: Point, weights: tuple[Tensor, ...], wanted: tuple[bool,
             da *= _slope(z, x.softcap)
         _pull(out, x.head, b, da)
     return _in_dtype(out, x.head)
+
+
+def _tiled_cotangents(
+    x: Point, weights: tuple[Tensor, ...], wanted: tuple[bool, bool, bool], state: Tensor
+) -> Head:
+    """`linear_cotangents` by tiles: dW is written once, tile by tile; a target counts in its own tile, and as −g p in all others."""
+    h, W, bias = x.head
+    assert h is not None and W is not None
+    N, wide = len(h), compute_dtype(h.dtype)
+    q, g, l = weights  # noqa: E741
+    g = torch.where(x.targets < 0, 0.0, g)
+    row_cotangents = tiles.cotangents if x.rows is cpu else x.rows.row_cotangents
+    new = torch.empty_like if N else torch.zeros_like
+    dh = torch.zeros_like(h, dtype=wide) if wanted[0] else None
+    dW = new(W) if wanted[1] else None
+    db = new(bias) if wanted[2] and bias is not None else None
+    d_tile, d_bias = torch.empty(0), torch.empty(0)
+    for b, c, z, *spare in _tiles(x, 1 + (x.softcap is not None), weight=wanted[1]):
+        da = spare[0] if spare else z
+        y = x.targets[b] - c.start
+        elsewhere = (y < 0) | (y >= z.shape[1])
+        y, rest = torch.where(elsewhere, -1, y), torch.where(elsewhere, l[b] - g[b], l[b])
+        row_cotangents(z, y, x.temperature[b], q[b], g[b], rest, state=state[b], out=da)
+        if x.softcap is not None:
+            da *= _slope(z, x.softcap)
+        if dh is not None:
+            _add_product(dh[b], da, W[c])
+        if dW is not None:
+            if da.dtype == wide or len(da) == N:
+                torch.addmm(dW[c], da.t(), h[b], beta=int(b.start > 0), out=dW[c])
+            else:  # 16 bits and more rows to come
+                part = da.t() @ h[b]
+                d_tile = d_tile.add_(part) if b.start else part.to(wide)
+                dW[c] = d_tile
+        if db is not None:
+            part = da.sum(0, dtype=wide)
+            d_bias = d_bias.add_(part) if b.start else part
+            db[c] = d_bias
+    return _in_dtype(Head(dh, dW, db), x.head)
 
 
 def linear_cotangent_tangents(
@@ -139,13 +222,69 @@ def _chunks(x: Point, buffers: int, *, sums: bool = False) -> Iterator[Any]:
     for start in range(0, len(h), size):
         b = slice(start, min(start + size, len(h)))
         z, *spare = (m[: b.stop - b.start] for m in memory)
-        if bias is None:
-            torch.mm(h[b], W.t(), out=z)
-        else:
-            torch.addmm(bias, h[b], W.t(), out=z)
-        if x.softcap is not None:
-            z.div_(x.softcap).tanh_().mul_(x.softcap)
+        _logits(x, b, slice(0, W.shape[0]), z)
         yield b, z, *spare
+
+
+def _tiles(x: Point, buffers: int, *, weight: bool = False) -> Iterator[Any]:
+    """(rows, columns, their logits, further buffers of that size), columns in order and all rows of them before the next.
+
+    A tile has as many rows as fit 7/8 of `workspace`, products in 16 bits that wait to be added included, and 4096 columns: the CPU's
+    products are at full speed then, and a row is worked through in whole parts (`CHUNK` in csrc). Elsewhere it is as wide as memory
+    allows, for the fewest additions to dh.
+    """
+    h, W, _ = x.head
+    assert h is not None and W is not None
+    N, (V, D) = len(h), W.shape
+    size, budget = h.element_size(), x.workspace * 7 // 8
+    cell = (buffers + (0 if x.softcap is None else 2)) * size
+    per_row = D * size if size == 2 else 0
+    per_column = D * (size + 4) if size == 2 and weight else 0
+    width = min(V, TILE_COLUMNS)
+    height = max(1, min(N, (budget - width * per_column) // (width * cell + per_row)))
+    if h.device.type == "cpu":
+        height = min(height, TILE_ROWS)
+    else:
+        widest = (budget - height * per_row) // (height * cell + per_column)
+        width = min(V, max(width, widest // 256 * 256))
+    memory = h.new_empty((buffers, height * width))
+    for left in range(0, V, width):
+        c = slice(left, min(left + width, V))
+        for top in range(0, N, height):
+            b = slice(top, min(top + height, N))
+            shape = (b.stop - top, c.stop - left)
+            z, *spare = (m[: shape[0] * shape[1]].view(shape) for m in memory)
+            _logits(x, b, c, z)
+            yield b, c, z, *spare
+
+
+def _dtype(x: Point) -> torch.dtype:
+    assert x.head.hidden is not None
+    return x.head.hidden.dtype
+
+
+def _carried(x: Point) -> bool:
+    return x.rows is cpu and tiles.available()
+
+
+def _logits(x: Point, b: slice, c: slice, z: Tensor) -> None:
+    """The rows b and columns c of κ tanh((hWᵀ + b)/κ), into z."""
+    h, W, bias = x.head
+    assert h is not None and W is not None
+    if bias is None:
+        torch.mm(h[b], W[c].t(), out=z)
+    else:
+        torch.addmm(bias[c], h[b], W[c].t(), out=z)
+    if x.softcap is not None:
+        z.div_(x.softcap).tanh_().mul_(x.softcap)
+
+
+def _pick(out: Tensor, targets: Tensor, b: slice, c: slice, z: Tensor) -> None:
+    """out[r] = z[r, y_r] for the rows whose target is among the columns of this tile."""
+    y = targets[b] - c.start
+    here = (y >= 0) & (y < z.shape[1])
+    found = z.gather(1, y.clamp(0, z.shape[1] - 1).unsqueeze(1)).squeeze(1)
+    out[b] = torch.where(here, found.to(out.dtype), out[b])
 
 
 def _slope(z: Tensor, softcap: float) -> Tensor:
@@ -153,16 +292,16 @@ def _slope(z: Tensor, softcap: float) -> Tensor:
     return (1 - z / softcap) * (1 + z / softcap)
 
 
-def _tangent(x: Point, v: Head, b: slice, z: Tensor, dz: Tensor) -> Tensor:
-    """ż = s(ḣWᵀ + hẆᵀ + ḃ), into dz."""
+def _tangent(x: Point, v: Head, b: slice, z: Tensor, dz: Tensor, c: slice = slice(None)) -> Tensor:
+    """ż = s(ḣWᵀ + hẆᵀ + ḃ) of the rows b and columns c, into dz."""
     h, W, _ = x.head
     assert h is not None and W is not None
     started = v.bias is not None
     if v.bias is not None:
-        dz.copy_(v.bias)
+        dz.copy_(v.bias[c])
     for left, right in ((v.hidden, W), (h, v.weight)):
         if left is not None and right is not None:
-            torch.addmm(dz, left[b], right.t(), beta=int(started), out=dz)
+            torch.addmm(dz, left[b], right[c].t(), beta=int(started), out=dz)
             started = True
     if not started:
         dz.zero_()
@@ -193,13 +332,17 @@ def _pull(out: Head, head: Head, b: slice, da: Tensor) -> None:
     if out.hidden is not None and head.weight is not None:
         out.hidden[b].addmm_(da, head.weight)
     if out.weight is not None and head.hidden is not None:
-        factor = head.hidden[b]
-        if out.weight.dtype == da.dtype:
-            out.weight.addmm_(da.t(), factor)
-        else:
-            out.weight.add_(da.t() @ factor)
+        _add_product(out.weight, da.t(), head.hidden[b])
     if out.bias is not None and head.bias is not None:
         out.bias.add_(da.sum(0, dtype=out.bias.dtype))
+
+
+def _add_product(out: Tensor, a: Tensor, b: Tensor) -> None:
+    """out += a b, where out may be wider."""
+    if out.dtype == a.dtype:
+        out.addmm_(a, b)
+    else:
+        out.add_(a @ b)
 
 
 def _zeros(x: Point, wanted: tuple[bool, bool, bool]) -> Head:
