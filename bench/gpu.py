@@ -124,12 +124,35 @@ def left_out(reasons: Mapping[str, str]) -> list[str]:
     return ["", *(f"Not timed: {name}, {reason}." for name, reason in reasons.items())] if reasons else []
 
 
-def finish(name: str, result: Mapping[str, Any], lines: Sequence[str], choice: str) -> None:
+def run_all(
+    name: str,
+    environment: dict[str, Any],
+    cases: Sequence[Any],
+    one: Callable[[Any], dict[str, Any]],
+    markdown: Callable[[dict[str, Any]], list[str]],
+    choice: str,
+) -> None:
+    """Case after case, written down after each, so that what ends a run early leaves what came before it.
+
+    A case that raises is named in the result, and the exit status says so; nothing is written in a dry run.
+    """
+    result: dict[str, Any] = {"environment": environment, "shapes": [], "failed": {}}
+    for case in cases:
+        try:
+            result["shapes"].append(one(case))
+        except Exception as failure:
+            traceback.print_exc()
+            result["failed"][str(case)] = f"{type(failure).__name__}: {(str(failure) or '-').splitlines()[0]}"
+        finish(name, result, markdown(result) + left_out(result["failed"]), choice)
+    stop_if_wrong([*result["shapes"], {"wrong": result["failed"], "beside_peers": {}}])
+
+
+def finish(name: str, result: dict[str, Any], lines: Sequence[str], choice: str) -> None:
     """Written to bench/results under the device's name; only printed in a dry run."""
     if choice == "interpreter":
         print("\n".join(["A dry run: times below mean nothing.", "", *lines]))
         return
-    result["environment"]["clocks"].append(timing.clocks())  # cold at the start, warm now
+    result["environment"]["clocks"].append(timing.clocks())  # the first was cold
     device = result["environment"]["device"].lower().replace("nvidia", "").split()
     timing.save("_".join([name, *device]), result, list(lines))
 

@@ -233,9 +233,11 @@ def run(repeats: int, choice: str = "cuda") -> None:
     device = gpu.device_of(choice)
     environment = timing.environment(device) | {"backend": rows.backend()}
     shapes = SHAPES if choice == "cuda" else DRY_SHAPES
-    result = {
-        "environment": environment,
-        "shapes": [one_shape(*shape, repeats, device, stop=False) for shape in shapes],
-    }
-    gpu.finish("rows", result, markdown(result), choice)
-    gpu.stop_if_wrong(result["shapes"])
+    gpu.run_all(
+        "rows",
+        environment,
+        shapes,
+        lambda shape: one_shape(*shape, repeats, device, stop=False),
+        markdown,
+        choice,
+    )

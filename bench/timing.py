@@ -128,14 +128,13 @@ def processor(device: str) -> str:
 
 def environment(device: str) -> dict[str, Any]:
     """Device, versions, commit and load: the conditions of a run."""
-    git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
     found: dict[str, Any] = {
         "device": processor(device),
         "threads": torch.get_num_threads(),
         "backend": cpu.backend() if device == "cpu" else "gpu",
         "torch": torch.__version__,
         "python": platform.python_version(),
-        "commit": git.stdout.strip() or None,
+        "commit": output_of("git", "rev-parse", "--short", "HEAD"),
         "load_average": os.getloadavg()[0],
     }
     if device != "cpu":
@@ -147,16 +146,16 @@ def environment(device: str) -> dict[str, Any]:
 def clocks() -> str | None:
     """The GPU's clocks, temperature and power at this moment, as the driver's tool reports them."""
     fields = "clocks.sm,clocks.mem,temperature.gpu,power.draw"
+    return output_of("nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader")
+
+
+def output_of(*command: str) -> str | None:
+    """What a command prints; None where there is no such command or it fails."""
     try:
-        found = subprocess.run(
-            ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader"],
-            capture_output=True,
-            text=True,
-            timeout=20,
-        )
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20)
     except (OSError, subprocess.TimeoutExpired):
         return None
-    return found.stdout.strip() or None
+    return done.stdout.strip() or None
 
 
 def conditions(title: str, e: Mapping[str, Any]) -> list[str]:

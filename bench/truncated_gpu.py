@@ -156,7 +156,7 @@ def entropy64(z: Tensor) -> Tensor:
 
 def markdown(result: dict[str, Any]) -> list[str]:
     lines = timing.conditions("Top-k and top-p", result["environment"])
-    for case in result["cases"]:
+    for case in result["shapes"]:
         options = ", ".join(f"{name} = {x:g}" for name, x in case["truncation"].items())
         lines += [
             "",
@@ -175,9 +175,6 @@ def run(repeats: int, choice: str = "cuda") -> None:
     with rows_from(rows) if choice == "interpreter" else contextlib.nullcontext():
         environment["backend"] = functional.backend(torch.device(device))
         cases = CASES if choice == "cuda" else DRY_CASES
-        result = {
-            "environment": environment,
-            "cases": [one_case(case, repeats, device) for case in cases],
-        }
-    gpu.finish("truncated", result, markdown(result), choice)
-    gpu.stop_if_wrong(result["cases"])
+        gpu.run_all(
+            "truncated", environment, cases, lambda case: one_case(case, repeats, device), markdown, choice
+        )

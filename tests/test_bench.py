@@ -69,6 +69,30 @@ def test_a_wrong_number_of_ours_ends_in_an_error_after_the_others_were_timed():
         gpu.stop_if_wrong([{"beside_peers": {"values": found}}])
 
 
+def test_a_case_that_raises_is_named_and_what_came_before_it_is_written(monkeypatch):
+    written = []
+    monkeypatch.setattr(timing, "save", lambda name, result, lines: written.append((name, list(lines))))
+    monkeypatch.setattr(timing, "clocks", lambda: "1980 MHz")
+
+    def one(case):
+        if case == "bad":
+            raise RuntimeError("CUDA error: an illegal memory access was encountered\nmore")
+        return {"case": case, "beside_peers": {}}
+
+    environment = {"device": "NVIDIA H200", "clocks": ["345 MHz"]}
+    with pytest.raises(SystemExit, match="bad"):
+        gpu.run_all(
+            "rows", environment, ["first", "bad", "last"], one, lambda r: [s["case"] for s in r["shapes"]], "cuda"
+        )  # fmt: skip
+    bad = "Not timed: bad, RuntimeError: CUDA error: an illegal memory access was encountered."
+    assert written == [
+        ("rows_h200", ["first"]),
+        ("rows_h200", ["first", "", bad]),
+        ("rows_h200", ["first", "last", "", bad]),
+    ]
+    assert environment["clocks"] == ["345 MHz"] + ["1980 MHz"] * 3
+
+
 RESULT = {
     "environment": {"device": "a CPU", "backend": "c++", "torch": "2", "commit": "abc"},
     "shapes": [
@@ -180,7 +204,7 @@ with rows_from(rows):
     case = truncated_gpu.one_case((2, 130, "flat", torch.float32, {"top_k": 5}), 2, device)
 environment = {"device": "none", "threads": 1, "backend": "", "torch": "", "commit": None, "load_average": 0.0}
 print("\\n".join(rows_gpu.markdown({"environment": environment, "shapes": [shape]})))
-print("\\n".join(truncated_gpu.markdown({"environment": environment, "cases": [case]})))
+print("\\n".join(truncated_gpu.markdown({"environment": environment, "shapes": [case]})))
 for line, found in {**shape["beside_peers"], **case["beside_peers"]}.items():
     print("TIMED", line, *found["timings"], sep="; ")
 """

@@ -300,6 +300,8 @@ def test_compiled_use_is_right_or_raises(mode):
         (dict(logits=torch.zeros(2, 3), targets=torch.tensor([0, -1])), "outside the vocabulary"),
         (dict(logits=torch.zeros(2, 3), vocab_size=4), "vocab_size"),
         (dict(logits=torch.zeros(2, 3), temperature=0.0), "positive"),
+        (dict(logits=torch.zeros(2, 3), temperature=1e-50), "positive"),  # 0 in float32
+        (dict(logits=torch.zeros(2, 3), temperature=torch.tensor([1.0, 0.0])), "positive"),
         (dict(logits=torch.zeros(2, 3), temperature=torch.ones(5)), "broadcast"),
         (
             dict(logits=torch.zeros(2, 3), temperature=torch.tensor(1.0, requires_grad=True)),
