@@ -244,9 +244,10 @@ def test_rows_without_a_law(run_rows, dtype):
     tau = torch.ones(9, dtype=compute_dtype(dtype))
     tau[5:] = torch.tensor([torch.nan, -1.0, 0.0, torch.inf])
     k, p = torch.full((9,), 10), torch.full((9,), 0.9, dtype=torch.float64)
+    k[4] = 0  # functional/truncated.py refuses it; the kernels do not guess
     for keys_alone in (False, True):
         got, threshold, _ = run_rows(z, y, tau, k, p, keys_alone=keys_alone)
-        undefined = [True, True, True, False, False, True, True, True, True]
+        undefined = [True, True, True, False, True, True, True, True, True]
         for x in (got.entropy, got.kept_mass, got.tail_entropy, got.full_entropy, threshold):
             assert x.isnan().tolist() == undefined
         assert got.logprob.isnan().tolist() == [True, False, *undefined[2:]] and got.logprob[1] == 0
@@ -268,6 +269,19 @@ def test_any_start_no_neighbour_no_order_of_threads(run_rows, dtype):
     for r in range(6):
         one = run_rows(*(x[r : r + 1].clone() for x in (z, y, tau, k, p)))[0]
         assert torch.equal(torch.stack([x.double() for x in one])[:, 0], want[:, r])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_offsets_beyond_two_to_the_31(run_rows, dtype):
+    V = 1001
+    storage = torch.empty(
+        (1 << 31) + V, dtype=dtype
+    )  # gigabytes of addresses, of which only the ends are touched
+    z = storage.as_strided((2, V), (1 << 31, 1))
+    z.copy_(torch.randn(2, V, generator=torch.Generator().manual_seed(0)) * 3)
+    k, p = torch.tensor([40, 1001]), torch.full((2,), 0.9, dtype=torch.float64)
+    y, tau = torch.tensor([3, 4]), torch.ones(2)
+    assert_truncated(run_rows(z, y, tau, k, p), z, y, tau, k, p, dtype)
 
 
 def test_the_gate_knows_the_memory_of_a_block(run_rows):
