@@ -23,6 +23,7 @@ from entropy_kernels.derivatives import (
 from entropy_kernels.errors import UserError
 from entropy_kernels.measure.along import Along
 from entropy_kernels.measure.config import MeasureConfig
+from entropy_kernels.measure.writing import environment
 from entropy_kernels.policy import Policy, TokenBatch
 from entropy_kernels.rewrites import Rewrites
 from entropy_kernels.rl.sampling import sample_rollouts
@@ -266,3 +267,10 @@ def test_no_limit_is_no_truncation():
     with pytest.raises(UserError, match="not truncated"):
         token_support(tiny.policy(), tiny.batch())
     assert {str(truncation(5, 0.9)), str(truncation(None, 0.95))} == {"top-k 5, then top-p 0.9", "top-p 0.95"}
+
+
+def test_the_report_says_what_found_the_sets():
+    whole = tiny.policy()
+    found = environment(replace(whole, truncation=truncation(3, None)))["backends"]
+    assert found["kept_sets"] == found["rows"]
+    assert "kept_sets" not in environment(whole)["backends"]

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .. import distributed
 from ..functional.rows import backend
+from ..functional.truncated import backend as kept_set_backend
 from ..policy import Parameters, Policy, TokenBatch
 from .store import write_tensors
 
@@ -57,6 +58,7 @@ def environment(policy: Policy) -> dict[str, Any]:
         "dtype": str(policy.dtype).removeprefix("torch."),
         "backends": {
             "rows": backend(device),
+            **({"kept_sets": kept_set_backend(device)} if policy.truncation is not None else {}),
             "attention": "plain torch",
             "tf32": False,
         },
