@@ -134,6 +134,7 @@ template <class T>
 struct CotangentOfParts {
   Exp<T> exponential;
   Vec<T> peak[2] = {}, k0[2] = {}, k1[2] = {};
+  bool no_tail = true;  // the gradient there is 0
 
   template <class In>
   EK_FN void write(const CotangentOfParts& f, Lane<T> kept, const In* z, const In*, In* out) {
@@ -147,6 +148,7 @@ template <class T>
 struct CotangentTangentOfParts {
   Exp<T> exponential;
   Vec<T> peak[2] = {}, x_peak[2] = {}, d_mean[2] = {}, m[2] = {}, k0[2] = {}, k1[2] = {}, k2[2] = {}, k3[2] = {};
+  bool no_tail = true;
 
   template <class In>
   EK_FN void write(const CotangentTangentOfParts& f, Lane<T> kept, const In* z, const In* dz, In* out) {
@@ -165,7 +167,14 @@ EK_LOOP void write_parts(const F& function, const Set& kept_set, const In* z, co
   const F f = function;  // locals: nothing stored below can change them
   const Set set = kept_set;
   int64_t i = 0;
-  for (; i + L <= V; i += L) F::write(f, Set::kept(set, load(z + i), i), z + i, dz + i, out + i);
+  const In nothing[L] = {};
+  for (; i + L <= V; i += L) {
+    const Lane<T> kept = Set::kept(set, load(z + i), i);
+    if (f.no_tail && !any<T>(kept))
+      std::copy_n(nothing, L, out + i);
+    else
+      F::write(f, kept, z + i, dz + i, out + i);
+  }
   if (i == V) return;
   In z_tail[L] = {}, dz_tail[L] = {}, out_tail[L];
   uint8_t bytes[2 * L];
@@ -202,6 +211,7 @@ EK_LOOP void part_cotangents(const PartArgs& a, int64_t begin, int64_t end) {
       f.peak[s] += T(part[s].peak);
       f.k0[s] += T((l[s] - (s == KEPT ? g : 0) + q[s] * part[s].c_mean) * scale);
       f.k1[s] += T(-q[s] * scale / tau);
+      if (s == TAIL) f.no_tail = f.k0[s][0] == 0 && f.k1[s][0] == 0;  // not so where they are NaN
     }
     const double c = y_kept ? c_at(z, y, part[KEPT].peak, tau) : 0;  // before writing: out may be z itself
     write_parts<T>(f, set, z, z, out, a.V);
@@ -248,6 +258,7 @@ EK_LOOP void part_cotangent_tangents(const PartArgs& a, int64_t begin, int64_t e
       f.k1[s] += T(-q[s] * s2 / tau);
       f.k2[s] += T((dl[s] - dg[s] - q[s] * d_entropy[s]) * scale);
       f.k3[s] += T(-dq[s] * s2);
+      if (s == TAIL) f.no_tail = f.k0[s][0] == 0 && f.k1[s][0] == 0 && f.k2[s][0] == 0 && f.k3[s][0] == 0;
     }
     const auto& own = row.part[KEPT];
     const double c = y_kept ? c_at(z, y, own.peak, tau) : 0;  // before writing: out may be z or dz itself

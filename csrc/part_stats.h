@@ -10,6 +10,19 @@ template <class T>
 using Lane = decltype(Vec<T>{} > Vec<T>{});  // all bits set where an entry is kept
 
 template <class T>
+EK_FN bool any(Lane<T> lanes) {
+#if EK_BYTES == 64
+  return (sizeof(T) == 4 ? _mm512_movepi32_mask((__m512i)lanes) : _mm512_movepi64_mask((__m512i)lanes)) != 0;
+#elif EK_BYTES == 32
+  return _mm256_movemask_epi8((__m256i)lanes) != 0;
+#else
+  for (int i = 0; i < Lanes<T>::n; i++)
+    if (lanes[i]) return true;
+  return false;
+#endif
+}
+
+template <class T>
 struct Above {
   T threshold;
 

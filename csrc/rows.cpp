@@ -36,17 +36,6 @@ struct Args {
 };
 using Kernel = void (*)(const Args&, int64_t begin, int64_t end);
 
-// The kept set of each row by its threshold and, where `count` is given, the values that go with it.
-struct TruncatedArgs {
-  int64_t R = 0, V = 0, z_stride = 0;
-  const void *z = nullptr, *tau = nullptr;
-  const int64_t *y = nullptr, *k = nullptr;
-  const double* p = nullptr;
-  void *threshold = nullptr, *out[5] = {};  // entropy, logprob, kept mass, tail entropy, full entropy
-  int64_t* count = nullptr;
-};
-using TruncatedKernel = void (*)(const TruncatedArgs&, int64_t begin, int64_t end);
-
 // Rows in two parts: a kept set, given by `threshold` or by `kept`, and its tail.
 struct PartArgs {
   int64_t R = 0, V = 0;
@@ -58,6 +47,7 @@ struct PartArgs {
   double *values[4] = {}, *state = nullptr;
   int64_t* count = nullptr;
   void* out = nullptr;
+  bool with_tail = false;  // truncated_parts: else the state of the tail is that of an empty one
 };
 using PartKernel = void (*)(const PartArgs&, int64_t begin, int64_t end);
 
@@ -73,6 +63,19 @@ struct TileArgs {
   void* out = nullptr;
 };
 using TileKernel = void (*)(const TileArgs&, int64_t begin, int64_t end);
+
+// The kept set of each row by its threshold and, where `count` is given, the values that go with it: entropy and logprob, and where they
+// have a place kept mass, tail entropy, full entropy; or, where `parts` has a place for them, what part_values gives.
+struct TruncatedArgs {
+  int64_t R = 0, V = 0, z_stride = 0;
+  const void *z = nullptr, *tau = nullptr;
+  const int64_t *y = nullptr, *k = nullptr;
+  const double* p = nullptr;
+  void *threshold = nullptr, *out[5] = {};
+  int64_t* count = nullptr;
+  PartArgs parts;
+};
+using TruncatedKernel = void (*)(const TruncatedArgs&, int64_t begin, int64_t end);
 
 // Two bytes each, told apart by the type alone.
 struct BFloat16 {
@@ -364,22 +367,37 @@ void thresholds(const Tensor& z, const Tensor& tau, const Tensor& top_k, const T
   over_rows(pick_truncated(z.scalar_type(), level), truncation(z, tau, top_k, top_p, threshold));
 }
 
+#include "part_ops.h"
+
+// Kept mass, tail and full entropy only where all three are given.
 void truncated_values(const Tensor& z, const Tensor& y, const Tensor& tau, const Tensor& top_k, const Tensor& top_p,
                       const Tensor& threshold, const Tensor& entropy, const Tensor& logprob, const Tensor& kept_mass,
-                      const Tensor& kept_count, const Tensor& tail_entropy, const Tensor& full_entropy, int64_t level) {
+                      const Tensor& kept_count, const Tensor& tail_entropy, const Tensor& full_entropy, bool with_tail, int64_t level) {
   TruncatedArgs a = truncation(z, tau, top_k, top_p, threshold);
   a.y = arguments(z, y, tau).y;
   check_vector(kept_count, a.R, Dtype::Long, "kept_count");
   a.count = kept_count.mutable_data_ptr<int64_t>();
   const Tensor* out[5] = {&entropy, &logprob, &kept_mass, &tail_entropy, &full_entropy};
-  for (int i = 0; i < 5; i++) {
+  for (int i = 0; i < (with_tail ? 5 : 2); i++) {
     check_vector(*out[i], a.R, compute_dtype(z), "an output");
     a.out[i] = out[i]->mutable_data_ptr();
   }
   over_rows(pick_truncated(z.scalar_type(), level), a);
 }
 
-#include "part_ops.h"
+// part_values of the set that top-k and top-p define, and its threshold; without the tail as though it were empty.
+void truncated_parts(const Tensor& z, const Tensor& y, const Tensor& tau, const Tensor& top_k, const Tensor& top_p,
+                     const Tensor& threshold, const Tensor& entropy, const Tensor& logprob, const Tensor& log_odds,
+                     const Tensor& tail_entropy, const Tensor& kept_count, const Tensor& state, bool with_tail, int64_t level) {
+  TruncatedArgs a = truncation(z, tau, top_k, top_p, threshold);
+  a.parts = part_arguments(z, threshold, y, tau);
+  set_part_values(&a.parts, entropy, logprob, log_odds, tail_entropy);
+  check_vector(kept_count, a.R, Dtype::Long, "kept_count");
+  set_part_state(&a.parts, state);
+  a.parts.with_tail = with_tail;
+  a.y = a.parts.y, a.count = a.parts.count = kept_count.mutable_data_ptr<int64_t>();
+  over_rows(pick_truncated(z.scalar_type(), level), a);
+}
 
 }  // namespace
 
@@ -404,7 +422,10 @@ STABLE_TORCH_LIBRARY(entropy_kernels, m) {
   m.def(
       "truncated_values(Tensor z, Tensor y, Tensor tau, Tensor top_k, Tensor top_p, Tensor(a!) threshold, Tensor(b!) entropy, "
       "Tensor(c!) logprob, Tensor(d!) kept_mass, Tensor(e!) kept_count, Tensor(f!) tail_entropy, Tensor(g!) full_entropy, "
-      "int level) -> ()");
+      "bool with_tail, int level) -> ()");
+  m.def(
+      "truncated_parts(Tensor z, Tensor y, Tensor tau, Tensor top_k, Tensor top_p, Tensor(g!) threshold, " EK_PARTS
+      ", Tensor(e!) kept_count, Tensor(f!) state, bool with_tail, int level) -> ()");
   m.def(
       "part_values(Tensor z, Tensor kept, Tensor y, Tensor tau, " EK_PARTS
       ", Tensor(e!) kept_count, Tensor(f!) state, int level) -> ()");
@@ -431,6 +452,7 @@ STABLE_TORCH_LIBRARY_IMPL(entropy_kernels, CPU, m) {
   m.impl("tile_cotangents", TORCH_BOX(&tile_cotangents));
   m.impl("row_thresholds", TORCH_BOX(&thresholds));
   m.impl("truncated_values", TORCH_BOX(&truncated_values));
+  m.impl("truncated_parts", TORCH_BOX(&truncated_parts));
   m.impl("part_values", TORCH_BOX(&part_values));
   m.impl("part_tangents", TORCH_BOX(&part_tangents));
   m.impl("part_second_tangents", TORCH_BOX(&part_second_tangents));

@@ -1,10 +1,11 @@
 // Top-k and top-p of rows [begin, end): the threshold, and the values of entropy_kernels/ops/truncated.py beside it.
 //
 // Included once per instruction set, after row_stats.h. Nothing is sorted but a last handful. A row is read
-//   1. for its peak and the largest logit of many small blocks. The k-th largest of those is below k logits at least, so no kept
-//      token is smaller: the split. With top-p alone the total mass is summed instead (row_stats), and the split lies so low
-//      that V tokens of its size do not make up the share 1 − p.
-//   2. for the sums of all below the split, in T, while the others, the candidates, are copied out.
+//   1. for its peak and the largest logit of many small blocks, lane by lane. The k-th largest of those (of coarser ones, while that
+//      leaves enough) is below k logits at least, so no kept token is smaller: the split. With top-p alone the total mass is summed
+//      instead (row_stats), and the split lies so low that V tokens of its size do not make up the share 1 − p.
+//   2. for the candidates, at or above the split, which are copied out; blocks whose maximum lies below it are passed over. Where more
+//      than the kept law is asked for, all below the split is summed in T on the way.
 // Candidates are few, unless the kept set is large itself. All of them are weighed in double; the threshold is found by radix passes
 // over order-preserving integer keys: counts and masses of up to 1024 equal intervals of keys, then the same again inside the
 // interval where the threshold lies, until few keys are left. Tokens of equal logit are never parted.
@@ -15,7 +16,7 @@
 // Of one row, and reused for the next.
 template <class T>
 struct Scratch {
-  std::vector<T> maxima, candidates, list, rest, row;
+  std::vector<T> maxima, fine, candidates, list, rest, row;
   std::vector<double> weights, wide;
 };
 
@@ -70,30 +71,38 @@ EK_FN Vec<T> load_tail(const In* z, int64_t n) {
   return load(lanes);
 }
 
-// The largest logit of each lane of each block; the peak; whether there is a NaN.
+constexpr int64_t FINE = 128;  // elements of the blocks that are passed over; a divisor of every chunk and coarser block
+
+// The largest logit of each lane of each FINE elements and of each `block` (a multiple of them); the peak; whether there is a NaN.
 template <class T, class In>
-EK_LOOP T block_maxima(const In* z, int64_t V, int64_t block, std::vector<T>& maxima, bool* nan) {
+EK_LOOP T block_maxima(const In* z, int64_t V, int64_t block, std::vector<T>& maxima, std::vector<T>& fine, bool* nan) {
   constexpr int L = Lanes<T>::n;
   const Vec<T> none = Vec<T>{} - std::numeric_limits<T>::infinity();
   maxima.resize((V + block - 1) / block * L);
-  T* to = maxima.data();
+  fine.resize((V + FINE - 1) / FINE * L);
+  T *coarse_to = maxima.data(), *to = fine.data();
   Vec<T> peak = none, sum_of_nothing{};
-  for (int64_t start = 0; start < V; start += block, to += L) {
-    const int64_t end = std::min(V, start + block);
-    Vec<T> best = none;
-    int64_t i = start;
-    for (; i + L <= end; i += L) {
-      const Vec<T> v = load(z + i);
-      best = larger(v, best);
-      sum_of_nothing += v == v ? Vec<T>{} : v;
+  for (int64_t start = 0; start < V; start += block, coarse_to += L) {
+    Vec<T> coarse = none;
+    for (int64_t from = start; from < std::min(V, start + block); from += FINE, to += L) {
+      const int64_t end = std::min(V, from + FINE);
+      Vec<T> best = none;
+      int64_t i = from;
+      for (; i + L <= end; i += L) {
+        const Vec<T> v = load(z + i);
+        best = larger(v, best);
+        sum_of_nothing += v == v ? Vec<T>{} : v;
+      }
+      if (i < end) {
+        const Vec<T> v = load_tail<T>(z + i, end - i);
+        best = larger(v, best);
+        sum_of_nothing += v == v ? Vec<T>{} : v;
+      }
+      store(to, best);
+      coarse = larger(best, coarse);
     }
-    if (i < end) {
-      const Vec<T> v = load_tail<T>(z + i, end - i);
-      best = larger(v, best);
-      sum_of_nothing += v == v ? Vec<T>{} : v;
-    }
-    store(to, best);
-    peak = larger(best, peak);
+    store(coarse_to, coarse);
+    peak = larger(coarse, peak);
   }
   *nan = std::isnan(sum<T>(sum_of_nothing));
   return largest<T>(peak);
@@ -106,30 +115,46 @@ struct Below {
   T best = -std::numeric_limits<T>::infinity();
 };
 
-// Copies the candidates out and, with SUMS, adds up the rest.
+// Copies the candidates out and, with SUMS, adds up the rest; `fine` are the maxima of block_maxima.
 template <bool SUMS, class T, class In>
-EK_LOOP Below<T> split_row(const In* z, int64_t V, T split, T origin, double inv_tau, std::vector<T>& candidates) {
+EK_LOOP Below<T> split_row(const In* z, int64_t V, T split, T origin, double inv_tau, const std::vector<T>& fine,
+                           std::vector<T>& candidates) {
   constexpr int L = Lanes<T>::n;
   const Exp<T> exponential = Exp<T>::of(inv_tau);
   const Vec<T> none = Vec<T>{} - std::numeric_limits<T>::infinity();
   Below<T> below;
   Vec<T> best = none;
   int64_t n = 0;
+  const T* block_best = fine.data();
   for (int64_t start = 0; start < V; start += CHUNK<1>) {
     const int64_t end = std::min<int64_t>(V, start + CHUNK<1>);
     if (int64_t(candidates.size()) < n + CHUNK<1> + L) candidates.resize(2 * candidates.size() + CHUNK<1> + L);
     T* to = candidates.data();
     Vec<T> w{}, wd{};
-    for (int64_t i = start; i < end; i += L) {
-      Vec<T> v = i + L <= end ? load(z + i) : load_tail<T>(z + i, end - i);
-      n += copy_candidates(v, split, to + n);
-      if constexpr (SUMS) {
-        v = v < split ? v : none;
-        best = larger(v, best);
-        const Vec<T> d = clamp(v - origin, exponential);
-        const Vec<T> e = weight(d, exponential);
-        w += e;
-        wd += e * d;
+    for (int64_t from = start; from < end; from += FINE, block_best += L) {
+      const Vec<T> at_best = load(block_best);
+      const int64_t to_here = std::min(end, from + FINE);
+      if (any<T>(at_best >= split) || to_here - from < FINE) {
+        for (int64_t i = from; i < to_here; i += L) {
+          Vec<T> v = i + L <= to_here ? load(z + i) : load_tail<T>(z + i, to_here - i);
+          n += copy_candidates(v, split, to + n);
+          if constexpr (SUMS) {
+            v = v < split ? v : none;
+            best = larger(v, best);
+            const Vec<T> d = clamp(v - origin, exponential);
+            const Vec<T> e = weight(d, exponential);
+            w += e;
+            wd += e * d;
+          }
+        }
+      } else if constexpr (SUMS) {  // nothing but the tail
+        best = larger(at_best, best);
+        for (int64_t i = from; i < to_here; i += L) {
+          const Vec<T> d = clamp(load(z + i) - origin, exponential);
+          const Vec<T> e = weight(d, exponential);
+          w += e;
+          wd += e * d;
+        }
       }
     }
     if constexpr (SUMS) below.weight += sum<T>(w), below.weighted += sum<T>(wd);
@@ -269,25 +294,32 @@ EK_FN void truncated_row(const TruncatedArgs& a, int64_t r, Scratch<T>& scratch)
   constexpr int L = Lanes<T>::n;
   constexpr T infinity = std::numeric_limits<T>::infinity(), lowest_finite = std::numeric_limits<T>::lowest();
   const In* z = static_cast<const In*>(a.z) + r * a.z_stride;
-  const bool values = a.count != nullptr;
+  const bool values = a.count != nullptr;                                              // of the kept law at least
+  const bool with_tail = values && (a.out[2] != nullptr || a.parts.with_tail);  // and of all else
   const int64_t V = a.V, k = a.k[r], y = values ? a.y[r] : -1;
   const double tau = static_cast<const T*>(a.tau)[r], inv_tau = 1 / tau, p = a.p[r];
   auto put_values = [&](int64_t count, double entropy, double logprob, double mass, double tail, double full) {
     a.count[r] = count;
     const double found[5] = {entropy, logprob, mass, tail, full};
-    for (int i = 0; i < 5; i++) static_cast<T*>(a.out[i])[r] = T(found[i]);
+    for (int i = 0; i < (with_tail ? 5 : 2); i++) static_cast<T*>(a.out[i])[r] = T(found[i]);
   };
   T* const threshold_of_row = static_cast<T*>(a.threshold) + r;
 
   const bool few = k < V, share = p < 1;
   int64_t block = 4096;  // enough blocks for the k-th largest of their maxima to lie close to the k-th largest logit
-  while (few && block > 128 && V / block * L < 3 * k) block /= 2;
+  while (few && block > FINE && V / block * L < 3 * k) block /= 2;
   bool has_nan;
-  const T peak = block_maxima<T>(z, V, block, scratch.maxima, &has_nan);
+  const T peak = block_maxima<T>(z, V, block, scratch.maxima, scratch.fine, &has_nan);
   if (has_nan || !(peak > -infinity && peak < infinity) || !(tau > 0 && inv_tau > 0)) {
     const double nan = std::numeric_limits<double>::quiet_NaN();
     *threshold_of_row = T(nan);
-    if (values) put_values(0, nan, y < 0 ? 0 : nan, nan, nan, nan);
+    if (a.parts.values[0] != nullptr) {
+      const auto row = part_stats<1, T, In>(z, nullptr, V, Above<T>{T(nan)}, inv_tau);
+      const PartState part[2] = {state_of(row.part[KEPT]), state_of(row.part[TAIL])};
+      put_parts<In, T>(a.parts, r, z, part, false, 0);
+    } else if (values) {
+      put_values(0, nan, y < 0 ? 0 : nan, nan, nan, nan);
+    }
     return;
   }
 
@@ -307,8 +339,8 @@ EK_FN void truncated_row(const TruncatedArgs& a, int64_t r, Scratch<T>& scratch)
     if (m < split) origin = std::max(origin, m);
   if (origin == -infinity) origin = split;
   std::vector<T>&x = scratch.candidates, &list = scratch.list;
-  const Below<T> below = values ? split_row<true, T>(z, V, split, origin, inv_tau, x)
-                                : split_row<false, T>(z, V, split, origin, inv_tau, x);
+  const Below<T> below = with_tail ? split_row<true, T>(z, V, split, origin, inv_tau, scratch.fine, x)
+                                   : split_row<false, T>(z, V, split, origin, inv_tau, scratch.fine, x);
 
   T threshold = lowest_finite;
   if (few) {
@@ -346,7 +378,12 @@ EK_FN void truncated_row(const TruncatedArgs& a, int64_t r, Scratch<T>& scratch)
   part(x, threshold, list, rest);
   for (T& v : rest) v = -v;
   const RowStats<T, 1> kept = row_stats<1, T, T>(list.data(), nullptr, list.size(), inv_tau);
-  const RowStats<T, 1> tail = tail_stats<T>(z, V, threshold, origin, below, rest, inv_tau, scratch.row);
+  const RowStats<T, 1> tail =
+      with_tail ? tail_stats<T>(z, V, threshold, origin, below, rest, inv_tau, scratch.row) : RowStats<T, 1>();
+  if (a.parts.values[0] != nullptr) {
+    const PartState part[2] = {state_of(kept), state_of(tail)};
+    return put_parts<In, T>(a.parts, r, z, part, y >= 0 && T(widen(z[y])) >= threshold, list.size());
+  }
   const double log_norm = std::log1p(kept.others.weight);
   const double c_y = y < 0 ? 0 : c_at(z, y, peak, tau);
   const double logprob = y < 0 ? 0 : T(widen(z[y])) >= threshold ? c_y - log_norm : -std::numeric_limits<double>::infinity();

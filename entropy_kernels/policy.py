@@ -323,6 +323,7 @@ class Policy:
             S, own = kept(where), truncation.kept_with(z, targets, self.temperature)
             t = truncated_entropy(z, targets, kept=S.tokens, temperature=self.temperature)
             assert t.logprob is not None  # there are targets
+            assert t.full_entropy is not None and t.kept_mass is not None  # and the tail was asked for
             moved = (own.tokens != S.tokens).any(dim=-1)
             return t.entropy, t.logprob, t.full_entropy, t.kept_mass, t.kept_count, moved, S.at_edge
 

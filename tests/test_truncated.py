@@ -13,6 +13,9 @@ from torch.func import grad, jvp, vmap
 
 from entropy_kernels import entropy_logprob, truncated_entropy, truncated_entropy_bounds
 from entropy_kernels.functional import bounds, kept_set
+from entropy_kernels.functional import truncated as functional
+from entropy_kernels.functional.rows import rows_from
+from entropy_kernels.ops import parts, reference
 
 TAU = 0.7
 
@@ -73,6 +76,46 @@ def test_every_mode_equals_plain_autograd_on_the_fixed_set(mode, truncation):
         assert (got - expected).abs().max() <= 1e-11 * expected.abs().max()
 
 
+def kept_law(z, y, **options):
+    t = truncated_entropy(z, y, temperature=TAU, tail=False, **options)
+    assert t.kept_mass is None and t.tail_entropy is None and t.full_entropy is None
+    return torch.stack([t.entropy, t.logprob])
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_every_mode_of_the_kept_law_alone(mode):
+    """Without the tail: the set is searched, or given; a kept token likely, and least likely, and all of the row kept."""
+    z, y, u, v, c = rows()
+    k = torch.tensor([1, 3, 4, 5, 8, 11])
+    kept = kept_set(z, top_k=k, temperature=TAU)
+    y = torch.where(torch.arange(6) % 2 == 0, torch.where(kept, z, torch.inf).argmin(-1), z.argmax(-1))
+
+    def run(f):
+        return MODES[mode](f, lambda z: (f(z).sin() * c[:2]).sum(), z, u, v)
+
+    expected = run(lambda z: plain(z, y, kept)[:2])
+    assert expected.abs().max() > 1e-3
+    for options in (dict(top_k=k), dict(kept=kept)):
+        got = run(lambda z, o=options: kept_law(z, y, **o))
+        assert (got - expected).abs().max() <= 1e-11 * expected.abs().max()
+
+
+@pytest.mark.parametrize("mode", ["reverse", "forward", "forward over reverse", "reverse over reverse"])
+def test_the_specification_equals_plain_autograd_too(mode):
+    z, y, u, v, c = rows()
+    kept = kept_set(z, top_k=5, temperature=TAU)
+    y = torch.where(kept.gather(-1, y[:, None])[:, 0], y, z.argmax(-1))
+
+    def run(f):
+        return MODES[mode](f, lambda z: (f(z).sin() * c).sum(), z, u, v)
+
+    with rows_from(reference):
+        assert functional.parts.part_functions(z.device) is parts
+        for options in (dict(top_k=5), dict(kept=kept)):
+            got, expected = run(lambda z, o=options: ours(z, y, **o)), run(lambda z: plain(z, y, kept))
+            assert (got - expected).abs().max() <= 1e-11 * expected.abs().max()
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("shift", [0.0, -300.0])
 def test_values_and_gradients_of_narrow_dtypes(dtype, shift):
@@ -124,6 +167,10 @@ def test_values_alone_are_those_of_the_differentiable_path():
         assert recorded.entropy.requires_grad and not alone.entropy.requires_grad
         for a, b in zip(alone, recorded, strict=True):
             assert torch.allclose(a, b, rtol=1e-12 if dtype == torch.float64 else 2e-6, atol=0)
+        alone = truncated_entropy(z.to(dtype), y, **options, tail=False)
+        assert torch.allclose(alone.entropy, recorded.entropy, rtol=2e-6) and alone.full_entropy is None
+        assert torch.allclose(alone.logprob, recorded.logprob, rtol=2e-6)
+        assert torch.equal(alone.kept_count, recorded.kept_count)
     with torch.no_grad():
         assert torch.equal(
             truncated_entropy(z.clone().requires_grad_(), y, **options).entropy,
@@ -215,6 +262,14 @@ def test_nothing_flows_into_masked_columns_or_across_the_set():
         assert (inner[~kept] == 0).all()
         outer = grad(lambda z, o=options: truncated_entropy(z, **o).tail_entropy.sum())(z)
         assert (outer[kept] == 0).all()
+
+
+@pytest.mark.parametrize("tail", [True, False])
+def test_a_gradient_of_what_is_undefined_is_not_zero(tail):
+    z, y, _, _, _ = rows()
+    z[2, 5] = torch.nan
+    gradient = grad(lambda z: truncated_entropy(z, y, top_k=4, tail=tail).entropy.sum())(z)
+    assert gradient[2].isnan().all() and gradient[[0, 1, 3, 4, 5]].isfinite().all()
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])

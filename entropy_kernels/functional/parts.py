@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from entropy_kernels.ops import cpu, cpu_parts, parts, reference
+from entropy_kernels.ops import cpu, cpu_parts, cuda, parts, reference, truncated
 
-from .rows import _keep, _over_rows, no_third, row_functions
+from .rows import _chosen, _keep, _over_rows, no_third, row_functions
 
 
 def part_functions(device: torch.device) -> ModuleType:
@@ -29,6 +29,14 @@ def part_functions(device: torch.device) -> ModuleType:
     from entropy_kernels.ops import triton_parts
 
     return triton_parts
+
+
+def set_functions(device: torch.device) -> ModuleType:
+    """What finds kept sets on a device: CUDA C++ where it can be had, the file of its row functions, or plain torch."""
+    if device.type == "cuda" and not _chosen and cuda.available():
+        return cuda
+    ops = row_functions(device)
+    return ops if hasattr(ops, "kept_set") else truncated
 
 
 class _Values(Function):
@@ -56,6 +64,46 @@ class _Values(Function):
     def backward(ctx: Any, *w: Any) -> Any:
         z, kept, y, tau, state = ctx.saved_tensors
         return _Cotangents.apply(z, kept, y, tau, state, *w[:4]), None, None, None
+
+
+class _Searched(Function):
+    """(z, y, τ, k, p, tail) → the same of the set that top-k and top-p define, which is found on the way; then its threshold.
+
+    Without `tail` λ and the tail entropy are those of a tail that is empty: not to be used.
+    """
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> Any:
+        rows = list(zip(inputs[:5], in_dims[:5], strict=True))
+        size = next(x.shape[d] for x, d in rows if d is not None)
+        flat = [(x.expand(size, *x.shape) if d is None else x.movedim(d, 0)).flatten(0, 1) for x, d in rows]
+        out = _Searched.apply(*flat, inputs[5])
+        return tuple(x.unflatten(0, (size, -1)) for x in out), (0,) * len(out)
+
+    @staticmethod
+    def forward(z: Tensor, y: Tensor, tau: Tensor, k: Tensor, p: Tensor, tail: bool) -> tuple[Tensor, ...]:
+        ops, sets = part_functions(z.device), set_functions(z.device)
+        if ops is cpu_parts:
+            values, threshold = cpu_parts.truncated_parts(z, y, tau, k, p, tail=tail)
+            return (*values, threshold)
+        threshold = (sets if sets is cuda else ops).thresholds(z, tau, k, p)
+        return (*ops.part_values(z, threshold, y, tau), threshold)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.mark_non_differentiable(*output[4:])
+        z, y, tau = inputs[:3]
+        _keep(ctx, z, output[6], y, tau, output[5])
+
+    @staticmethod
+    def jvp(ctx: Any, dz: Tensor, *_: Any) -> Any:
+        z, kept, y, tau, _state = ctx.saved_tensors
+        return (*_Tangents.apply(z, kept, dz, y, tau), None, None, None)
+
+    @staticmethod
+    def backward(ctx: Any, *w: Any) -> Any:
+        z, kept, y, tau, state = ctx.saved_tensors
+        return _Cotangents.apply(z, kept, y, tau, state, *w[:4]), None, None, None, None, None
 
 
 class _Tangents(Function):

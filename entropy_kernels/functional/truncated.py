@@ -13,7 +13,6 @@ functions give all values at once. Neither a mask nor a masked copy of the logit
 
 from __future__ import annotations
 
-from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -21,7 +20,7 @@ from torch import Tensor
 from torch.autograd import Function, forward_ad
 from torch.nn.functional import logsigmoid
 
-from entropy_kernels.ops import cuda, truncated
+from entropy_kernels.ops import cpu, cpu_parts, truncated
 from entropy_kernels.ops.reference import compute_dtype
 
 from . import parts
@@ -33,31 +32,27 @@ from .arguments import (
     refuse_compiling,
     vocabulary_size,
 )
-from .rows import _chosen, _over_rows, row_functions
+from .parts import set_functions
+from .rows import _over_rows
 
 
 class TruncatedEntropy(NamedTuple):
-    """Of the law p_S/s on the kept set S, each [...]: entropies and logprob in nats; logprob is None without targets."""
+    """Of the law p_S/s on the kept set S, each [...]: entropies and logprob in nats.
+
+    Logprob is None without targets; kept mass, tail and full entropy are None where they were not asked for (tail=False).
+    """
 
     entropy: Tensor
     logprob: Tensor | None
-    kept_mass: Tensor
+    kept_mass: Tensor | None
     kept_count: Tensor
-    tail_entropy: Tensor
-    full_entropy: Tensor
-
-
-def _set_functions(device: torch.device) -> ModuleType:
-    """What finds kept sets on a device: CUDA C++ where it can be had, the file of its row functions, or plain torch."""
-    if device.type == "cuda" and not _chosen and cuda.available():
-        return cuda
-    ops = row_functions(device)
-    return ops if hasattr(ops, "kept_set") else truncated
+    tail_entropy: Tensor | None
+    full_entropy: Tensor | None
 
 
 def backend(device: torch.device) -> str:
     """What finds kept sets on that device, in words for a report."""
-    ops = _set_functions(device)
+    ops = set_functions(device)
     return "plain torch" if ops is truncated else ops.backend()
 
 
@@ -70,28 +65,7 @@ class _KeptSet(Function):
 
     @staticmethod
     def forward(z: Tensor, tau: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
-        return _set_functions(z.device).kept_set(z, tau, top_k, top_p)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        ctx.mark_non_differentiable(output)
-
-    @staticmethod
-    def jvp(ctx: Any, *_: Any) -> None:
-        return None
-
-
-class _Thresholds(Function):
-    """(z, τ, k, p) → the smallest kept logit of each row: no derivative, and more rows under vmap."""
-
-    @staticmethod
-    def vmap(info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> Any:
-        return _over_rows(_Thresholds, in_dims, inputs)
-
-    @staticmethod
-    def forward(z: Tensor, tau: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
-        ops = _set_functions(z.device)
-        return (ops if ops is cuda else parts.part_functions(z.device)).thresholds(z, tau, top_k, top_p)
+        return set_functions(z.device).kept_set(z, tau, top_k, top_p)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -144,6 +118,7 @@ def truncated_entropy(
     kept: Tensor | None = None,
     temperature: float | Tensor = 1.0,
     ignore_index: int = -100,
+    tail: bool = True,
 ) -> TruncatedEntropy:
     r"""H(p_S/s) and log p_y − log s of the policy that a sampler with top-k and top-p draws from; p = softmax(z/τ), s = Σ_S p.
 
@@ -159,6 +134,8 @@ def truncated_entropy(
         kept: S itself, bool [..., V], instead of top_k and top_p: to replay the set that a sample was drawn from.
         temperature: τ > 0, a number or a tensor that broadcasts to [...]; not differentiable.
         ignore_index: the target that means "none".
+        tail: False where the kept law is all that is wanted: kept_mass, tail_entropy and full_entropy are then None, and with top_k
+            on the CPU neither they nor their gradient cost an exponential of the tokens cut off.
 
     Returns:
         TruncatedEntropy(entropy, logprob, kept_mass s, kept_count |S|, tail_entropy H(p_tail/ε), full_entropy H(p)), each [...], in
@@ -177,18 +154,28 @@ def truncated_entropy(
     y = flat_targets(name, targets, shape, V, ignore_index, logits.device)
     tau = flat_temperature(name, temperature, logits, shape)
     z = logits.reshape(shape.numel(), V)
-    found: tuple[Tensor, ...]
     if kept is not None:
-        found = _of_parts(z, _replayed(name, logits, kept, top_k, top_p), y, tau)
+        S = _replayed(name, logits, kept, top_k, top_p)
+        found = _fields(parts._Values.apply(z, S, y, tau), z, tail)
     else:
         k, p = _truncation(name, logits, top_k, top_p)
-        ops = _set_functions(logits.device)
-        if hasattr(ops, "truncated_values_of_rows") and not _is_differentiated(logits):
-            found = ops.truncated_values_of_rows(z, y, tau, k, p)
+        if hasattr(set_functions(logits.device), "truncated_values_of_rows") and not _is_differentiated(
+            logits
+        ):
+            found = _values_alone(z, y, tau, k, p, tail)
         else:
-            found = _of_parts(z, _Thresholds.apply(z, tau, k, p), y, tau)
-    result = TruncatedEntropy(*(x.reshape(shape) for x in found))
+            found = _fields(parts._Searched.apply(z, y, tau, k, p, tail), z, tail)
+    result = TruncatedEntropy(*(None if x is None else x.reshape(shape) for x in found))  # type: ignore[arg-type]
     return result if targets is not None else result._replace(logprob=None)
+
+
+def _values_alone(z: Tensor, y: Tensor, tau: Tensor, k: Tensor, p: Tensor, tail: bool) -> TruncatedEntropy:
+    ops = set_functions(z.device)
+    if ops is cpu and not tail:
+        entropy, logprob, count = cpu_parts.kept_law(z, y, tau, k, p)
+        return TruncatedEntropy(entropy, logprob, None, count, None, None)
+    found = TruncatedEntropy(*ops.truncated_values_of_rows(z, y, tau, k, p))
+    return found if tail else found._replace(kept_mass=None, tail_entropy=None, full_entropy=None)
 
 
 def _is_differentiated(x: Tensor) -> bool:
@@ -200,9 +187,12 @@ def _is_differentiated(x: Tensor) -> bool:
     )
 
 
-def _of_parts(z: Tensor, kept: Tensor, y: Tensor, tau: Tensor) -> tuple[Tensor, ...]:
-    """The fields of TruncatedEntropy, [R] each, from differentiable functions of z; `kept` a threshold a row or bool [R, V]."""
-    entropy, logprob, log_odds, tail_entropy, count, _ = parts._Values.apply(z, kept, y, tau)
+def _fields(numbers: tuple[Tensor, ...], z: Tensor, tail: bool) -> TruncatedEntropy:
+    """[R] each, from the differentiable numbers of rows in two parts."""
+    entropy, logprob, log_odds, tail_entropy, count, *_ = numbers
+    wide = compute_dtype(z.dtype)
+    if not tail:
+        return TruncatedEntropy(entropy.to(wide), logprob.to(wide), None, count, None, None)
     undefined, all_kept, none_kept = log_odds.isnan(), log_odds == torch.inf, log_odds == -torch.inf
     odds = torch.where(log_odds.isfinite(), log_odds, 0.0)
     s, eps = odds.sigmoid(), (-odds).sigmoid()
@@ -211,9 +201,8 @@ def _of_parts(z: Tensor, kept: Tensor, y: Tensor, tau: Tensor) -> tuple[Tensor, 
     full = torch.where(all_kept, entropy, torch.where(none_kept, tail_entropy, full))
     s = torch.where(all_kept, 1.0, torch.where(none_kept, 0.0, s))
     s, full, tail_entropy = (torch.where(undefined, torch.nan, x) for x in (s, full, tail_entropy))
-    wide = compute_dtype(z.dtype)
     entropy, logprob, s, tail_entropy, full = (x.to(wide) for x in (entropy, logprob, s, tail_entropy, full))
-    return entropy, logprob, s, count, tail_entropy, full
+    return TruncatedEntropy(entropy, logprob, s, count, tail_entropy, full)
 
 
 def _replayed(name: str, logits: Tensor, kept: Tensor, top_k: object, top_p: object) -> Tensor:
@@ -234,15 +223,20 @@ def _truncation(
     """k and p of each row, [R]; V and 1 where there is no truncation."""
     V = vocabulary_size(name, logits.shape[-1], None)
     k = _per_row(name, "top_k", V if top_k is None else top_k, torch.int64, logits)
-    check_values(name, k < 0, k, "top_k must be positive, or 0 to keep every token; got {}.")
+    if isinstance(top_k, Tensor) or top_k is not None and top_k <= 0:
+        check_values(name, k < 0, k, "top_k must be positive, or 0 to keep every token; got {}.")
+        k = torch.where(k == 0, V, k)
     p = _per_row(name, "top_p", 1.0 if top_p is None else top_p, torch.float64, logits)
-    check_values(name, ~((p > 0) & (p <= 1)), p, "top_p must lie in (0, 1], got {}.")
-    return torch.where(k == 0, V, k), p
+    if isinstance(top_p, Tensor) or top_p is not None and not 0 < top_p <= 1:
+        check_values(name, ~((p > 0) & (p <= 1)), p, "top_p must lie in (0, 1], got {}.")
+    return k, p
 
 
 def _per_row(name: str, argument: str, value: Any, dtype: torch.dtype, logits: Tensor) -> Tensor:
     """One number for each row, [R]."""
     shape = logits.shape[:-1]
+    if type(value) is int or (type(value) is float and dtype == torch.float64):
+        return torch.full((shape.numel(),), value, dtype=dtype, device=logits.device)
     exact = torch.float64 if isinstance(value, float) else None
     given = torch.as_tensor(value, device=logits.device, dtype=exact)
     if given.dtype == torch.bool or (dtype == torch.int64 and given.is_floating_point()):

@@ -226,6 +226,7 @@ def truncated_values_of_rows(
         top_p.contiguous(),
         threshold,
         *out,
+        True,
         level,
     )
     return out

@@ -36,6 +36,14 @@ def _numbers(z: Tensor) -> list[Tensor]:
     return [torch.empty(len(z), dtype=torch.float64, device=z.device) for _ in PartNumbers._fields]
 
 
+def _count(z: Tensor) -> Tensor:
+    return torch.empty(len(z), dtype=torch.int64, device=z.device)
+
+
+def _state(z: Tensor) -> Tensor:
+    return torch.empty(len(z), 6, dtype=torch.float64, device=z.device)
+
+
 def _double(w: Cotangents) -> list[Tensor]:
     return [x.double().contiguous() for x in w]
 
@@ -45,14 +53,49 @@ def part_values(z: Tensor, kept: Tensor, y: Tensor, tau: Tensor) -> PartValues:
     if (level := cpu._level()) is None:
         return parts.part_values(z, kept, y, tau)
     (logits,) = cpu._prepared(z)
-    numbers = _numbers(z)
-    count = torch.empty(len(z), dtype=torch.int64, device=z.device)
-    state = torch.empty(len(z), 6, dtype=torch.float64, device=z.device)
+    numbers, count, state = _numbers(z), _count(z), _state(z)
     torch.ops.entropy_kernels.part_values(
         logits, _set(z, kept), y.contiguous(), *cpu._vectors(z, tau), *numbers, count, state, level
     )
     entropy, logprob, log_odds, tail_entropy = numbers
     return PartValues(entropy, logprob, log_odds, tail_entropy, count, state)
+
+
+def truncated_parts(
+    z: Tensor, y: Tensor, tau: Tensor, top_k: Tensor, top_p: Tensor, *, tail: bool
+) -> tuple[PartValues, Tensor]:
+    """`part_values` of the set that top-k and top-p define, and its `thresholds`; without `tail` as though the tail were empty."""
+    if (level := cpu._level()) is None:
+        t = truncated.thresholds(z, tau, top_k, top_p)
+        return parts.part_values(z, t, y, tau), t
+    (logits,) = cpu._prepared(z)
+    numbers, count, state = _numbers(z), _count(z), _state(z)
+    threshold = torch.empty(len(z), dtype=compute_dtype(z.dtype), device=z.device)
+    torch.ops.entropy_kernels.truncated_parts(
+        logits, y.contiguous(), *cpu._vectors(z, tau), top_k.contiguous(), top_p.contiguous(), threshold,
+        *numbers, count, state, tail, level,
+    )  # fmt: skip
+    entropy, logprob, log_odds, tail_entropy = numbers
+    return PartValues(entropy, logprob, log_odds, tail_entropy, count, state), threshold
+
+
+def kept_law(
+    z: Tensor, y: Tensor, tau: Tensor, top_k: Tensor, top_p: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Entropy, logprob and |S| of the set that top-k and top-p define; of its tail no more is read than the search asks for."""
+    if (level := cpu._level()) is None:
+        v = truncated.truncated_values(z, truncated.kept_set(z, tau, top_k, top_p), y, tau)
+        return v.entropy, v.logprob, v.kept_count
+    (logits,) = cpu._prepared(z)
+    entropy, logprob, threshold = (
+        torch.empty(len(z), dtype=compute_dtype(z.dtype), device=z.device) for _ in range(3)
+    )
+    count, none = _count(z), logits.new_empty(0)
+    torch.ops.entropy_kernels.truncated_values(
+        logits, y.contiguous(), *cpu._vectors(z, tau), top_k.contiguous(), top_p.contiguous(), threshold,
+        entropy, logprob, none, count, none, none, False, level,
+    )  # fmt: skip
+    return entropy, logprob, count
 
 
 def part_tangents(z: Tensor, kept: Tensor, dz: Tensor, y: Tensor, tau: Tensor) -> PartNumbers:

@@ -301,12 +301,12 @@ def test_where_kept_sets_come_from(monkeypatch):
     triton_rows = pytest.importorskip("entropy_kernels.ops.rows")
     for there, chosen in [(True, cuda), (False, triton_rows)]:
         monkeypatch.setattr(cuda, "available", lambda there=there: there)
-        assert functional._set_functions(device) is chosen
+        assert functional.set_functions(device) is chosen
         assert functional.backend(device).startswith("cuda c++" if there else "triton")
     monkeypatch.setattr(cuda, "available", lambda: True)
     with rows_from(triton_rows):
-        assert functional._set_functions(device) is triton_rows
-    assert functional._set_functions(torch.device("cpu")) is cpu
+        assert functional.set_functions(device) is triton_rows
+    assert functional.set_functions(torch.device("cpu")) is cpu
 
 
 def test_a_compiler_that_fails_is_said_and_none_is_not(monkeypatch, tmp_path):
