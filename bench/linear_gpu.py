@@ -159,11 +159,12 @@ def fused(x: Inputs, line: str, cuts: tuple[Tiles | None, ...]) -> Callable[[], 
 
 
 def candidates(x: Inputs) -> dict[str, tuple[Tiles | None, ...]]:
-    """Those in use, and the further ones that this architecture has."""
+    """Those in use, and the further ones that this architecture has, where the vocabulary is a multiple of their tiles."""
     device = x.h.device
     in_use = tuple(fused_linear.tiles(x.h.dtype, device, what) for what in (VALUES, TANGENTS, GRADIENT))
     found: dict[str, tuple[Tiles | None, ...]] = {"ours, fused": in_use}
-    if fused_linear.architecture(device) == "sm_90" and x.h.dtype != torch.float32:
+    even = len(x.W) % 256 == 0 or x.h.device.type == "cpu"
+    if even and fused_linear.architecture(device) == "sm_90" and x.h.dtype != torch.float32:
         found |= {f"ours, fused, {name}": cuts for name, cuts in CANDIDATES.items()}
     return found
 
@@ -214,20 +215,32 @@ def relative_error(got: Tensor, want: Tensor) -> float:
     return (difference.abs().max() / want.abs().max()).item()
 
 
-def one_shape(N: int, D: int, V: int, dtype: torch.dtype, repeats: int, device: str) -> dict[str, Any]:
+def one_shape(
+    N: int,
+    D: int,
+    V: int,
+    dtype: torch.dtype,
+    repeats: int,
+    device: str,
+    keep: Callable[[dict[str, Any]], None] = lambda shape: None,
+) -> dict[str, Any]:
+    """The figures of one shape; `keep` is shown them after every table, so that a run cut short has those it finished."""
     x = Inputs(N, D, V, dtype, device)
     want = truth(x)
-    with rows_from(rows):  # on a GPU they are from there anyway
-        beside = {line: beside_peers(line, x, want, repeats, device) for line in LINES}
-    return {
+    shape: dict[str, Any] = {
         "rows": N,
         "hidden": D,
         "vocabulary": V,
         "dtype": str(dtype).removeprefix("torch."),
         "workspace_mb": WORKSPACE_BYTES / 2**20,
         "logits_mb": N * V * dtype.itemsize / 2**20,
-        "beside_peers": beside,
+        "beside_peers": {},
     }
+    with rows_from(rows):  # on a GPU they are from there anyway
+        for line in LINES:
+            shape["beside_peers"][line] = beside_peers(line, x, want, repeats, device)
+            keep(shape)
+    return shape
 
 
 def table(line: str, found: Mapping[str, Any]) -> list[str]:
@@ -267,10 +280,12 @@ def markdown(result: Mapping[str, Any]) -> list[str]:
 def run(repeats: int, choice: str = "cuda") -> None:
     device = gpu.device_of(choice)
     environment = timing.environment(device) | {"backend": rows.backend()}
-    shapes = SHAPES if choice == "cuda" else DRY_SHAPES
-    result = {
-        "environment": environment,
-        "shapes": [one_shape(*shape, repeats, device) for shape in shapes],
-    }
-    gpu.finish("linear", result, markdown(result), choice)
-    gpu.stop_if_wrong(result["shapes"])
+    shapes: list[dict[str, Any]] = []
+
+    def keep(shape: dict[str, Any]) -> None:
+        result = {"environment": environment, "shapes": [*shapes, shape]}
+        gpu.finish("linear", result, markdown(result), choice)
+
+    for size in SHAPES if choice == "cuda" else DRY_SHAPES:
+        shapes.append(one_shape(*size, repeats, device, keep))
+    gpu.stop_if_wrong(shapes)

@@ -55,11 +55,11 @@ TILES = {
     "sm_80": (Tiles(128, 128, 64, 8, 3), Tiles(128, 64, 64, 8, 3), Tiles(128, 64, 64, 8, 3)),
     "sm_90": (Tiles(128, 256, 64, 8, 3), Tiles(128, 128, 32, 8, 4), Tiles(128, 128, 64, 8, 4)),
     "sm_100": (Tiles(128, 128, 64, 8, 4), Tiles(128, 64, 64, 8, 2), Tiles(128, 128, 64, 8, 3)),
-    "gfx942": (Tiles(128, 128, 32, 8, 2), Tiles(64, 64, 32, 4, 2), Tiles(128, 128, 32, 8, 2)),
+    "gfx942": (Tiles(128, 128, 32, 8, 2), Tiles(64, 64, 64, 4, 1), Tiles(128, 128, 32, 8, 2)),
 }
 # The same for float32, whose IEEE products are made of ordinary arithmetic.
 IEEE = (Tiles(64, 64, 32, 4, 2), Tiles(64, 64, 16, 8, 2), Tiles(64, 64, 32, 4, 2))
-FLOAT32 = dict.fromkeys(TILES, IEEE) | {"gfx942": (IEEE[0], Tiles(64, 64, 16, 8, 1), IEEE[2])}
+FLOAT32 = dict.fromkeys(TILES, IEEE) | {"gfx942": (IEEE[0], Tiles(64, 64, 16, 4, 1), IEEE[2])}
 VALUES, TANGENTS, GRADIENT = range(3)
 GROUP = 16  # blocks of rows that share columns of W while these are in the cache
 

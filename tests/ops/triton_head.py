@@ -179,7 +179,7 @@ def test_hard_rows_keep_their_digits():
 
 
 def test_masked_columns_have_no_weight_and_a_masked_row_is_undefined():
-    x, _, weights = case(40, 64, 400, torch.float32)
+    x, v, weights = case(40, 64, 400, torch.float32)
     x.head.bias[1::2] = -torch.inf
     x.head.bias[128:256] = -torch.inf  # a tile with nothing in it
     x.targets[1], x.targets[2] = 0, 1
@@ -189,6 +189,8 @@ def test_masked_columns_have_no_weight_and_a_masked_row_is_undefined():
     for g, w in zip(found, want, strict=True):
         assert torch.equal(g.isfinite().cpu(), w.isfinite())
         assert ((g.cpu().double() - w).abs() <= NEAR * w.abs().clamp_min(0.1))[w.isfinite()].all()
+    tangents = fused_linear.fused_tangents(there(x), there(v), cut=SMALL)
+    assert_near(tangents, linear.linear_tangents(wide(x), wide(v)))
     x.targets[x.head.bias[x.targets] == -torch.inf] = 0
     _, saved = values(x)
     gradient = fused_linear.fused_cotangents(there(x), there(weights), ALL, saved, cut=SMALL)
