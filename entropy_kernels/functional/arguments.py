@@ -24,7 +24,8 @@ def check_logits(name: str, logits: Tensor) -> None:
 def flat_temperature(name: str, temperature: float | Tensor, like: Tensor, shape: torch.Size) -> Tensor:
     """τ [R] in the compute dtype of `like`, from a number or a tensor that broadcasts to the rows' `shape`."""
     dtype = reference.compute_dtype(like.dtype)
-    if isinstance(temperature, (int, float)):  # a number is looked at here: reading it on a GPU would wait for all work there
+    # a number is looked at here: reading it on a GPU would wait for all work there
+    if isinstance(temperature, (int, float)):
         if temperature < torch.finfo(dtype).tiny:
             raise ValueError(f"{name}: temperature must be positive, got {float(temperature)}.")
         return torch.full((shape.numel(),), temperature, dtype=dtype, device=like.device)
