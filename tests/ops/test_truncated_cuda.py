@@ -191,16 +191,19 @@ def test_peaked_tails_and_tails_far_below(run_rows, gap, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 def test_a_close_crossing_is_decided_as_in_float64(run_rows, dtype):
-    z = (torch.randn(5, 6000, generator=torch.Generator().manual_seed(5)) * 0.01).to(dtype)
     y, tau = torch.zeros(5, dtype=torch.int64), torch.ones(5, dtype=compute_dtype(dtype))
     k = torch.full((5,), 6000)
-    ordered = z.double().sort(descending=True).values
-    up_to = (ordered == ordered[:, 3456:3457]).cumsum(-1).argmax(-1, keepdim=True)  # the last of its ties
-    mass = ordered.softmax(-1).cumsum(-1).gather(-1, up_to)[:, 0]
-    for offset in (-1e-10, 1e-10):
-        found = run_rows(z, y, tau, k, mass * (1 + offset))
-        assert_truncated(found, z, y, tau, k, mass * (1 + offset), dtype)
-        assert ((found[0].kept_count > up_to[:, 0] + 1) == (offset > 0)).all()
+    for scale, rank in [(0.01, 3456), (8.0, 3), (8.0, 60), (20.0, 9)]:
+        g = torch.Generator().manual_seed(5)
+        z = (torch.randn(5, 6000, generator=g) * scale).to(dtype)
+        ordered = z.double().sort(descending=True).values
+        tied = (ordered == ordered[:, rank : rank + 1]).long()
+        last = (tied * torch.arange(6000)).amax(-1, keepdim=True)
+        mass = ordered.softmax(-1).cumsum(-1).gather(-1, last)[:, 0]
+        for offset in (-1e-12, 1e-12):
+            found = run_rows(z, y, tau, k, mass * (1 + offset))
+            assert_truncated(found, z, y, tau, k, mass * (1 + offset), dtype)
+            assert ((found[0].kept_count > last[:, 0] + 1) == (offset > 0)).all()
 
 
 def test_agrees_with_the_c_plus_plus_of_the_cpu(run_rows):
