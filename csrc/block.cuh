@@ -1,7 +1,7 @@
 // What a block of threads does together with one row: reading it 16 bytes at a time, sums, and the crossing of a target.
 //
-// Sums go down a fixed tree, and element j of a row always falls to the same thread: a row gives the same bits wherever it lies and
-// whatever stands beside it. Only integers are added atomically. EK_SHARED(name) declares the block's dynamic shared memory.
+// Sums go down a fixed tree, and where their order shows element j of a row always falls to the same thread: a row gives the same bits
+// wherever it lies and whatever stands beside it. Only integers are added atomically. EK_SHARED(name) declares the block's dynamic shared memory.
 
 #pragma once
 
@@ -83,12 +83,10 @@ EK_DEVICE void load(Pack<In>* pack, const In* z, int at, int step, bool aligned)
   }
 }
 
-// f(z[j]) for all j, each by one thread, which depends on j alone.
 template <int DEEP, class In, class F>
-EK_DEVICE void each(const In* z, int V, F f) {
+EK_DEVICE void each_of(const In* z, int V, bool aligned, F f) {
   constexpr int E = Pack<In>::n;
   const int packs = V / E, step = blockDim.x;
-  const bool aligned = reinterpret_cast<uintptr_t>(z) % 16 == 0;
   Pack<In> pack[DEEP];
   int i = threadIdx.x;
   for (; i + (DEEP - 1) * step < packs; i += DEEP * step) {
@@ -104,6 +102,20 @@ EK_DEVICE void each(const In* z, int V, F f) {
     for (int e = 0; e < E; e++) f(pack[0].lane[e]);
   }
   for (int64_t j = int64_t(packs) * E + threadIdx.x; j < V; j += step) f(z[j]);
+}
+
+// f(z[j]) for all j, each by one thread, which depends on j alone: for sums whose order shows.
+template <int DEEP, class In, class F>
+EK_DEVICE void each(const In* z, int V, F f) {
+  each_of<DEEP>(z, V, reinterpret_cast<uintptr_t>(z) % 16 == 0, f);
+}
+
+// The same from the first 16-byte border on, and what is before it apart: wherever the row lies, its loads are wide.
+template <int DEEP, class In, class F>
+EK_DEVICE void each_in_any_order(const In* z, int V, F f) {
+  const int before = min(V, int((16 - reinterpret_cast<uintptr_t>(z) % 16) % 16 / sizeof(In)));
+  if (int(threadIdx.x) < before) f(z[threadIdx.x]);
+  each_of<DEEP>(z + before, V - before, true, f);
 }
 
 // op over the threads of the block, the same bits for every one of them. `slots` holds one X per warp.

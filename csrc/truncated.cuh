@@ -134,7 +134,8 @@ EK_DEVICE Found<Key> search(KeyMemory& m, const In* z, int V, Key low, Key high,
         }
       };
       if (listed < 0) {
-        each<MASS ? 1 : DEEP<In>>(z, V, [&](In x) { count(key_of(widen(x))); });
+        if (MASS) each<1>(z, V, [&](In x) { count(key_of(widen(x))); });
+        else each_in_any_order<DEEP<In>>(z, V, [&](In x) { count(key_of(widen(x))); });
       } else {
         for (int i = threadIdx.x; i < listed; i += blockDim.x) count(list[i]);
       }
@@ -155,7 +156,7 @@ EK_DEVICE Found<Key> search(KeyMemory& m, const In* z, int V, Key low, Key high,
     if (listed >= 0 || inside > uint32_t(BINS)) continue;
     if (threadIdx.x == 0) t.flags = 0;
     __syncthreads();
-    each<DEEP<In>>(z, V, [&](In x) {
+    each_in_any_order<DEEP<In>>(z, V, [&](In x) {
       const T v = widen(x);
       const Key key = key_of(v);
       if (key > high || !(v > -T(HUGE_VAL))) return;
@@ -195,7 +196,7 @@ __global__ void __launch_bounds__(KEY_THREADS, 3) by_keys(Rows a) {
   __syncthreads();
   Key high = 0, low = ~Key(0);
   int finite = 0, nan = 0;
-  each<DEEP<In>>(z, V, [&](In x) {
+  each_in_any_order<DEEP<In>>(z, V, [&](In x) {
     const T v = widen(x);
     const Key key = key_of(v);
     nan |= v != v;
@@ -227,7 +228,7 @@ __global__ void __launch_bounds__(KEY_THREADS, 3) by_keys(Rows a) {
   if (a.count == nullptr) return write_row<In>(a, r, z_threshold, Part{peak, 0, 0}, Part{-HUGE_VAL, 0, 0}, 0);
 
   if (!found.known) {
-    each<DEEP<In>>(z, V, [&](In x) {
+    each_in_any_order<DEEP<In>>(z, V, [&](In x) {
       const T v = widen(x);
       const Key key = key_of(v);
       if (v > -T(HUGE_VAL) && key < threshold && key > found.next) found.next = key;
@@ -295,14 +296,14 @@ __global__ void __launch_bounds__(COUNTING_THREADS, 2) by_counts(Rows a) {
   __syncthreads();
 
   // Every element into one bin, without a branch: smaller magnitudes than the window's to 0, larger ones to the bins beside it
-  each<4>(z, V, [&](In x) {
+  each_in_any_order<4>(z, V, [&](In x) {
     const int from_zero = min(max(int(x.bits & 0x7fffu) - (low - 1), 0), width + 1);
     atomicAdd(&counts[width + (x.bits >> 15 ? from_zero : -from_zero)], 1u);
   });
   __syncthreads();
   int below = 0, flags = 0;  // below: finite, but less than the window
   if (counts[-1] + counts[width] + counts[bins] > 0) {  // seldom: once more, to see what they are
-    each<1>(z, V, [&](In x) {
+    each_in_any_order<1>(z, V, [&](In x) {
       const uint32_t magnitude = x.bits & 0x7fffu, infinity = bits_of_infinity(x);
       const bool negative = x.bits >> 15, beyond = magnitude >= uint32_t(low + width);
       if (magnitude > infinity) flags |= HAS_NAN;
