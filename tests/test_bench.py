@@ -229,3 +229,36 @@ def test_the_gpu_benchmarks_run_from_end_to_end():
         "Not timed: half, wrong: relative error" in done.stdout
         and "Not timed: absent, does not import." in done.stdout
     )
+
+
+_PEERS = """
+import contextlib, sys
+import torch
+from bench import peers
+from bench.rows import eager64
+if not torch.cuda.is_available():
+    torch.cuda.device = lambda index: contextlib.nullcontext()  # which flash-attn enters around its launches
+device = "cuda" if torch.cuda.is_available() and sys.argv[1] == "gpu" else "cpu"
+g = torch.Generator().manual_seed(0)
+z, y = (torch.randn(5, 700, generator=g) * 3).to(device), torch.randint(0, 700, (5,), generator=g).to(device)
+for name, peer in peers.row_peers(gpu=sys.argv[1] == "gpu")[0].items():
+    leaf, wide = z.clone().requires_grad_(), z.double().requires_grad_()
+    got, want = peer.function(leaf * 1 if peer.overwrites else leaf, y), eager64(wide, y)
+    kept = [(a, b) for a, b in zip(got, want) if a is not None]
+    assert len(kept) == 1 + peer.entropy
+    errors = [(a / b - 1).abs().max() for a, b in kept]
+    (g1,) = torch.autograd.grad(sum(a.sum() for a, _ in kept), leaf)
+    (g2,) = torch.autograd.grad(sum(b.sum() for _, b in kept), wide)
+    print(name, max(*errors, (g1 - g2).abs().max()).item(), sep="\\t")
+"""
+
+
+@pytest.mark.parametrize("where", ["cpu", "gpu"])
+def test_the_adapters_of_peers_give_entropy_logprob_and_their_gradients(where):
+    """Of the peers that are installed: TRL with the extra `test`."""
+    pytest.importorskip("trl")
+    interpret = where == "gpu" and not torch.cuda.is_available()
+    done = run("-c", _PEERS, where, **({"TRITON_INTERPRET": "1"} if interpret else {}))
+    assert done.returncode == 0, done.stderr
+    found = dict(line.split("\t") for line in done.stdout.splitlines())
+    assert "TRL" in found and all(float(error) < 1e-5 for error in found.values()), found
