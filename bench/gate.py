@@ -168,14 +168,14 @@ def _compile(x: Variant, target: GPUTarget) -> tuple[Any, Any]:
     constants |= {"CHUNK": rows.chunk(x.width, x.dtype.itemsize, x.warps * target.warp_size)}
     types = dict.fromkeys(("z", "u", "v", "out"), data) | {"y": "*i64", "S": "i32", "V": "i32"}
     types |= {"k": "*i64", "p": "*fp64"}
-    types |= {f"{t}_row": "i32" for t in ("z", "u", "v", "out")}
+    types |= {f"{t}_row": "i32" for t in ("z", "u", "v", "out", "state", "dstate")}
     signature = {
         name: "constexpr" if name in constants else types.get(name, wide) for name in function.arg_names
     }
     divisible = {
         (i,): [["tt.divisibility", ALIGNMENT]]
         for i, (name, kind) in enumerate(signature.items())
-        if kind != "constexpr" and name != "S"
+        if kind != "constexpr" and name not in ("S", "state_row", "dstate", "dstate_row")
     }
     values = {(i,): constants[name] for i, name in enumerate(signature) if name in constants}
     source = ASTSource(function, signature, values, divisible)
@@ -246,6 +246,7 @@ FUNCTIONS = {
     "second tangents": ["tile_moments N=2"],
     "gradient, state handed in": ["write_cotangents"],
     "gradient alone": ["tile_moments N=0", "write_cotangents"],
+    "tangent of the gradient, state handed in": ["write_cotangent_tangents"],
     "tangent of the gradient": ["tile_moments N=1", "write_cotangent_tangents"],
 }
 

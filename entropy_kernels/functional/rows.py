@@ -2,7 +2,7 @@ r"""Every rule of differentiation, and the public row functions.
 
 Four autograd Functions close the algebra of first and second derivatives of F(z) = (entropy, logprob, logsumexp):
 
-    Values(z)                  = F(z)                       jvp → Tangents            backward → Cotangents
+    Values(z)                  = F(z), state                jvp → Tangents            backward → Cotangents
     Tangents(z, ż)             = F'(z)·ż                    jvp → Second + Tangents   backward → CotangentTangents, Cotangents
     Cotangents(z, w)           = wᵀF'(z)                    jvp → CotangentTangents   backward → CotangentTangents, Tangents
     CotangentTangents, Second  = the second derivatives     third derivatives raise
@@ -10,6 +10,10 @@ Four autograd Functions close the algebra of first and second derivatives of F(z
 Two facts shape them. The Hessian of wᵀF is symmetric, so the backward of Cotangents along u is its own tangent along u. And a
 forward rule made of plain torch operations loses the outer level of a nested jvp without a word, so each rule's body calls another
 Function that has a rule of its own. The numbers come from `ops`, from the file for the device of the logits.
+
+State spares reads. Values hand out what a gradient of the same rows would have to find first, and the tangent of that state, in forward
+mode, is what the tangent of the gradient would have to find: both then read their inputs once. What depends on the state is a function of
+z all the same, and is differentiated as such, so a state has no gradient; [R, 0] stands for a state that is not known, and is found.
 """
 
 from __future__ import annotations
@@ -99,6 +103,18 @@ def _keep(ctx: Any, *tensors: Tensor) -> None:
     ctx.save_for_forward(*tensors)
 
 
+def _unknown(z: Tensor) -> Tensor:
+    """The state that is not known, [R, 0]."""
+    return z.new_empty(z.shape[0], 0)
+
+
+def _zeros(z: Tensor, *weights: Tensor | None) -> tuple[Tensor, ...]:
+    """The cotangents or their tangents, zero where there is none."""
+    return tuple(
+        z.new_zeros(z.shape[0], dtype=reference.compute_dtype(z.dtype)) if w is None else w for w in weights
+    )
+
+
 def no_third(ctx: Any, *_: Any) -> Any:
     """The rule of a Function that is a second derivative already: refuse a third."""
     raise NotImplementedError(
@@ -115,26 +131,31 @@ class _Values(Function):
     @staticmethod
     def forward(z: Tensor, y: Tensor, tau: Tensor) -> tuple[Tensor, ...]:
         ops = row_functions(z.device)
-        if hasattr(ops, "row_values_and_state"):  # spares the gradient one of its two reads
+        if hasattr(ops, "row_values_and_state"):
             values, state = ops.row_values_and_state(z, y, tau)
         else:
-            values, state = ops.row_values(z, y, tau), z.new_empty(len(z), 0)
+            values, state = ops.row_values(z, y, tau), _unknown(z)
         return (*values, state)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        ctx.mark_non_differentiable(output[3])
+        ctx.set_materialize_grads(False)
         _keep(ctx, *inputs, output[3])
 
     @staticmethod
-    def jvp(ctx: Any, dz: Tensor, *_: Any) -> Any:
-        z, y, tau, _ = ctx.saved_tensors
-        return (*_Tangents.apply(z, dz, y, tau), None)
+    def jvp(ctx: Any, dz: Tensor, _y: Any, dtau: Any) -> Any:
+        if dtau is not None:
+            raise NotImplementedError(
+                "derivatives with respect to the temperature are not provided; divide the logits by it yourself and leave it at 1."
+            )
+        z, y, tau, state = ctx.saved_tensors
+        *tangents, known = _Tangents.apply(z, dz, y, tau)
+        return (*tangents, known[:, state.shape[1] :])
 
     @staticmethod
-    def backward(ctx: Any, q: Tensor, g: Tensor, l: Tensor, _: Any) -> Any:  # noqa: E741
+    def backward(ctx: Any, q: Any, g: Any, l: Any, _: Any) -> Any:  # noqa: E741
         z, y, tau, state = ctx.saved_tensors
-        return _Cotangents.apply(z, y, tau, state, q, g, l), None, None
+        return _Cotangents.apply(z, y, tau, state, *_zeros(z, q, g, l)), None, None
 
 
 class _Tangents(Function):
@@ -144,32 +165,41 @@ class _Tangents(Function):
 
     @staticmethod
     def forward(z: Tensor, dz: Tensor, y: Tensor, tau: Tensor) -> tuple[Tensor, ...]:
-        return tuple(row_functions(z.device).row_tangents(z, dz, y, tau))
+        ops = row_functions(z.device)
+        if hasattr(ops, "row_tangents_and_state"):
+            tangents, known = ops.row_tangents_and_state(z, dz, y, tau)
+        else:
+            tangents, known = ops.row_tangents(z, dz, y, tau), _unknown(z)
+        return (*tangents, known)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        _keep(ctx, *inputs)
+        ctx.mark_non_differentiable(output[3])
+        ctx.set_materialize_grads(False)
+        _keep(ctx, *inputs, output[3])
 
     @staticmethod
     def jvp(ctx: Any, du: Tensor | None, ddz: Tensor | None, *_: Any) -> Any:
-        z, dz, y, tau = ctx.saved_tensors
+        z, dz, y, tau, _ = ctx.saved_tensors
         # d/dη F'(z + ηu)·(ż + ηz̈) = F''(z)[u, ż] + F'(z)·z̈; either input may be without a tangent
         terms = []
         if du is not None:
             terms.append(_Second.apply(z, du, dz, y, tau))
         if ddz is not None:
-            terms.append(_Tangents.apply(z, ddz, y, tau))
-        return terms[0] if len(terms) == 1 else tuple(a + b for a, b in zip(*terms, strict=True))
+            terms.append(_Tangents.apply(z, ddz, y, tau)[:3])
+        return (*(terms[0] if len(terms) == 1 else (a + b for a, b in zip(*terms, strict=True))), None)
 
     @staticmethod
-    def backward(ctx: Any, q: Tensor, g: Tensor, l: Tensor) -> Any:  # noqa: E741
-        z, dz, y, tau = ctx.saved_tensors
+    def backward(ctx: Any, q: Any, g: Any, l: Any, _: Any) -> Any:  # noqa: E741
+        z, dz, y, tau, known = ctx.saved_tensors
+        state, of_tangent = known.tensor_split(2, 1)
         grad_z = grad_dz = None
+        q, g, l = _zeros(z, q, g, l)  # noqa: E741
         if ctx.needs_input_grad[0]:
             zero = torch.zeros_like(q)
-            grad_z = _CotangentTangents.apply(z, dz, y, tau, q, g, l, zero, zero, zero)
+            grad_z = _CotangentTangents.apply(z, dz, y, tau, state, of_tangent, q, g, l, zero, zero, zero)
         if ctx.needs_input_grad[1]:
-            grad_dz = _Cotangents.apply(z, y, tau, z.new_empty(len(z), 0), q, g, l)
+            grad_dz = _Cotangents.apply(z, y, tau, state, q, g, l)
         return grad_z, grad_dz, None, None
 
 
@@ -183,36 +213,40 @@ class _Cotangents(Function):
         z: Tensor,
         y: Tensor,
         tau: Tensor,
-        state: Tensor,  # of the values at z, or nothing: [R, 0]
+        state: Tensor,  # of the values at z
         q: Tensor,
         g: Tensor,
         l: Tensor,  # noqa: E741
     ) -> Tensor:
-        ops = row_functions(z.device)
-        if state.shape[1] and hasattr(ops, "row_values_and_state"):
-            return ops.row_cotangents(z, y, tau, q, g, l, state=state)
-        return ops.row_cotangents(z, y, tau, q, g, l)
+        options = {"state": state} if state.shape[1] else {}
+        return row_functions(z.device).row_cotangents(z, y, tau, q, g, l, **options)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.set_materialize_grads(False)  # a state without a tangent is not one whose tangent is 0
         _keep(ctx, *inputs)
 
     @staticmethod
-    def jvp(ctx: Any, dz: Any, _y: Any, _tau: Any, _state: Any, dq: Any, dg: Any, dl: Any) -> Any:
-        z, y, tau, _, q, g, l = ctx.saved_tensors  # noqa: E741
-        dz = torch.zeros_like(z) if dz is None else dz
-        dq, dg, dl = (torch.zeros_like(q) if t is None else t for t in (dq, dg, dl))
-        return _CotangentTangents.apply(z, dz, y, tau, q, g, l, dq, dg, dl)
+    def jvp(ctx: Any, dz: Any, _y: Any, _tau: Any, dstate: Any, dq: Any, dg: Any, dl: Any) -> Any:
+        z, y, tau, state, q, g, l = ctx.saved_tensors  # noqa: E741
+        dq, dg, dl = _zeros(z, dq, dg, dl)
+        if dz is None:  # linear in the cotangents
+            return _Cotangents.apply(z, y, tau, state, dq, dg, dl)
+        if dstate is None:
+            dstate = _unknown(z)
+        return _CotangentTangents.apply(z, dz, y, tau, state, dstate, q, g, l, dq, dg, dl)
 
     @staticmethod
     def backward(ctx: Any, u: Tensor) -> Any:
-        z, y, tau, _, q, g, l = ctx.saved_tensors  # noqa: E741
+        z, y, tau, state, q, g, l = ctx.saved_tensors  # noqa: E741
+        *tangents, known = _Tangents.apply(z, u, y, tau)
         grad_z, weights = None, (None, None, None)
         if ctx.needs_input_grad[0]:
             zero = torch.zeros_like(q)
-            grad_z = _CotangentTangents.apply(z, u, y, tau, q, g, l, zero, zero, zero)
+            parts = known.tensor_split(2, 1)
+            grad_z = _CotangentTangents.apply(z, u, y, tau, *parts, q, g, l, zero, zero, zero)
         if any(ctx.needs_input_grad[4:]):
-            weights = _Tangents.apply(z, u, y, tau)
+            weights = tuple(tangents)
         return grad_z, None, None, None, *weights
 
 
@@ -227,6 +261,8 @@ class _CotangentTangents(Function):
         dz: Tensor,
         y: Tensor,
         tau: Tensor,
+        state: Tensor,  # of the values at z
+        dstate: Tensor,  # and its tangent
         q: Tensor,
         g: Tensor,
         l: Tensor,  # noqa: E741
@@ -234,7 +270,9 @@ class _CotangentTangents(Function):
         dg: Tensor,
         dl: Tensor,
     ) -> Tensor:
-        return row_functions(z.device).row_cotangent_tangents(z, dz, y, tau, (q, g, l), (dq, dg, dl))
+        options = {"state": (state, dstate)} if state.shape[1] and dstate.shape[1] else {}
+        ops = row_functions(z.device)
+        return ops.row_cotangent_tangents(z, dz, y, tau, (q, g, l), (dq, dg, dl), **options)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:

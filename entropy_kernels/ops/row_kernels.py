@@ -364,6 +364,7 @@ def write_cotangents(
     out,
     V,
     S,
+    state_row,
     z_row,
     z_column,
     out_row,
@@ -380,7 +381,8 @@ def write_cotangents(
     tile = tl.program_id(0) % S
     tau_r = tl.load(tau + r)
     target = tl.load(y + r)
-    peak, s1, d_mean = tl.load(state + r * 3), tl.load(state + r * 3 + 1), tl.load(state + r * 3 + 2)
+    of = state + r * state_row
+    peak, s1, d_mean = tl.load(of), tl.load(of + 1), tl.load(of + 2)
     q_r, l_r = tl.load(q + r), tl.load(l + r)
     g_r = tl.where(target < 0, 0.0, tl.load(g + r))
     scale = 1.0 / ((1.0 + s1) * tau_r)
@@ -415,6 +417,7 @@ def write_cotangent_tangents(
     y,
     tau,
     state,
+    dstate,
     q,
     g,
     l,  # noqa: E741
@@ -424,6 +427,8 @@ def write_cotangent_tangents(
     out,
     V,
     S,
+    state_row,
+    dstate_row,
     z_row,
     z_column,
     v_row,
@@ -445,9 +450,9 @@ def write_cotangent_tangents(
     tile = tl.program_id(0) % S
     tau_r = tl.load(tau + r)
     target = tl.load(y + r)
-    peak, s1, d_mean = tl.load(state + r * 6), tl.load(state + r * 6 + 1), tl.load(state + r * 6 + 2)
-    v_peak, v_mean = tl.load(state + r * 6 + 3), tl.load(state + r * 6 + 4)
-    d_entropy = tl.load(state + r * 6 + 5)
+    of, dof = state + r * state_row, dstate + r * dstate_row
+    peak, s1, d_mean = tl.load(of), tl.load(of + 1), tl.load(of + 2)
+    v_peak, v_mean, d_entropy = tl.load(dof), tl.load(dof + 1), tl.load(dof + 2)
     q_r, l_r, dq_r, dl_r = tl.load(q + r), tl.load(l + r), tl.load(dq + r), tl.load(dl + r)
     g_r = tl.where(target < 0, 0.0, tl.load(g + r))
     dg_r = tl.where(target < 0, 0.0, tl.load(dg + r))

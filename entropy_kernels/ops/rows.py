@@ -1,9 +1,9 @@
 """The functions of `reference` in Triton, for tensors on the GPU.
 
-Same signatures, same results within rounding. Values, tangents and second tangents read their inputs once. A gradient reads and
-writes once where the state of the values is handed in, and reads once more to find it where it is not; the tangent of a gradient
-needs moments of ż first and always reads twice. How a row is cut depends on its width and dtype alone and tiles are merged in a
-fixed order: a row gives the same bits alone, in any batch, and every time.
+Same signatures, same results within rounding. Values, tangents and second tangents read their inputs once. A gradient and its tangent
+read and write once where the state of the values (and of the tangents) is handed in, and read once more to find it where it is not.
+How a row is cut depends on its width and dtype alone and tiles are merged in a fixed order: a row gives the same bits alone, in any
+batch, and every time.
 
 Sums are kept in float32 (float64 for float64 logits, or with `precise`), tiles merged and rows finished in float64. Rows may have any
 stride; offsets are 64-bit. On the CPU these functions run only in Triton's interpreter, which checks them without a GPU.
@@ -144,6 +144,13 @@ def row_values_and_state(
     return _moments(z, [], y, tau, precise)
 
 
+def row_tangents_and_state(
+    z: Tensor, dz: Tensor, y: Tensor, tau: Tensor, *, precise: bool = False
+) -> tuple[RowValues, Tensor]:
+    """`row_tangents`, and [R, 6]: the state of the values, and beside it its tangent: ż at the peak, E_p[ż − ż_peak], H'."""
+    return _moments(z, [dz], y, tau, precise)
+
+
 def row_values(z: Tensor, y: Tensor, tau: Tensor, *, precise: bool = False) -> RowValues:
     """H = log1p(s1) − c̄,  logprob_y = c_y − log1p(s1),  logsumexp = z_{a*}/τ + log1p(s1)."""
     return _moments(z, [], y, tau, precise)[0]
@@ -183,12 +190,13 @@ def row_cotangents(
     if R == 0:
         return out
     T = state.dtype
+    state = state if state.stride(1) == 1 else state.contiguous()
     width = written_width(V, T)
     S = triton.cdiv(V, width)
     tau, *weights = _vectors(T, tau, q, g, l)
     with _device(z):
         row_kernels.write_cotangents[(R * S,)](
-            z, y.contiguous(), tau, state, *weights, out, V, S, *z.stride(), *out.stride(), **_launch(z, width)
+            z, y.contiguous(), tau, state, *weights, out, V, S, state.stride(0), *z.stride(), *out.stride(), **_launch(z, width)
         )  # fmt: skip
     return out
 
@@ -202,24 +210,31 @@ def row_cotangent_tangents(
     cotangent_tangents: tuple[Tensor, Tensor, Tensor],
     *,
     out: Tensor | None = None,
+    state: tuple[Tensor, Tensor] | None = None,
     precise: bool = False,
 ) -> Tensor:
-    """The tangent of `row_cotangents` along (ż, q̇, ġ, l̇), [R, V] in z's dtype; into `out`, which may be z or dz."""
+    """The tangent of `row_cotangents` along (ż, q̇, ġ, l̇), [R, V] in z's dtype; into `out`, which may be z or dz.
+
+    `state` is that of the values and its tangent, [R, 3] each, where they are known.
+    """
     z, dz = _in_memory(z), _in_memory(dz)
-    state = _moments(z, [dz], y, tau, precise)[1]
+    if state is None:
+        known = _moments(z, [dz], y, tau, precise)[1]
+        state = known[:, :3], known[:, 3:]
+    of_values, of_tangents = (t if t.stride(1) == 1 else t.contiguous() for t in state)
     if out is None:
         out = torch.empty(z.shape, dtype=z.dtype, device=z.device)
     R, V = z.shape
     if R == 0:
         return out
-    T = state.dtype
+    T = of_values.dtype
     width = written_width(V, T)
     S = triton.cdiv(V, width)
     tau, *weights = _vectors(T, tau, *cotangents, *cotangent_tangents)
     with _device(z):
         row_kernels.write_cotangent_tangents[(R * S,)](
-            z, dz, y.contiguous(), tau, state, *weights, out, V, S,
-            *z.stride(), *dz.stride(), *out.stride(), **_launch(z, width),
+            z, dz, y.contiguous(), tau, of_values, of_tangents, *weights, out, V, S,
+            of_values.stride(0), of_tangents.stride(0), *z.stride(), *dz.stride(), *out.stride(), **_launch(z, width),
         )  # fmt: skip
     return out
 

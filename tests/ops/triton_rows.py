@@ -22,6 +22,7 @@ from row_cases import (
     tolerance,
     widened,
 )
+from torch.autograd import forward_ad as fwAD
 from torch.func import grad, jvp, vmap
 
 from entropy_kernels.functional import entropy_logprob
@@ -300,13 +301,20 @@ def test_precise_sums_leave_only_the_rounding_of_the_result():
 
 
 @one_dtype
-def test_a_state_handed_in_gives_the_same_gradient(dtype):
-    z, _u, _v, y, tau, w = there(case(4, 1300, dtype))
+def test_a_state_handed_in_gives_the_same_gradient_and_tangent_of_it(dtype):
+    z, _u, v, y, tau, w = there(case(4, 1300, dtype))
     values, state = rows.row_values_and_state(z, y, tau)
     assert torch.equal(columns(values), columns(rows.row_values(z, y, tau)))
     assert torch.equal(
         rows.row_cotangents(z, y, tau, *w[:3], state=state), rows.row_cotangents(z, y, tau, *w[:3])
     )
+
+    known = rows.row_tangents_and_state(z, v, y, tau)[1]
+    moved = (tuple(w[:3]), tuple(w[3:]))
+    found = rows.row_cotangent_tangents(z, v, y, tau, *moved)
+    # also where the two states were found apart and lie otherwise in memory
+    for states in ((known[:, :3], known[:, 3:]), (state, known[:, 3:].T.contiguous().T)):
+        assert torch.equal(rows.row_cotangent_tangents(z, v, y, tau, *moved, state=states), found)
 
 
 # ---- properties
@@ -396,6 +404,28 @@ def test_every_derivative_of_the_public_function(mode, dtype):
     assert scale > 0 and (got - want).abs().max() <= (1e-12 if dtype == torch.float64 else 5e-6) * scale
 
 
+def with_dual_numbers(f, z, v):
+    """The tangent of the gradient without torch.func."""
+    with fwAD.dual_level():
+        z = fwAD.make_dual(z.clone().requires_grad_(), v)
+        return fwAD.unpack_dual(torch.autograd.grad(f(z), z)[0]).tangent
+
+
+@pytest.mark.parametrize("mode", ["jvp of vjp", "vjp of jvp", "vjp of vjp", "dual numbers"])
+def test_second_derivatives_find_every_moment_once(mode, monkeypatch):
+    """Whatever the values or the tangents knew, the gradient and its tangent do not read the logits for again."""
+    z, _u, v, y, _tau, _w = case(3, 600, torch.float64)
+    f = weighted(torch.where(y < 0, -100, y), torch.tensor([0.7, 1.0, 1.3]))
+    find, read = rows._moments, []
+    monkeypatch.setattr(rows, "_moments", lambda z, t, *a: read.append(len(t)) or find(z, t, *a))
+    run = with_dual_numbers if mode == "dual numbers" else MODES[mode]
+    with rows_from(rows):
+        got = run(f, z.to(DEVICE), v.to(DEVICE)).cpu()
+    assert read == [0, 1]
+    want = at_float64(lambda z, v: MODES["jvp of vjp"](f, z, v), z, v)
+    assert (got - want).abs().max() <= 1e-12 * want.abs().max()
+
+
 @one_dtype
 def test_padded_vocabulary_columns_are_not_counted(dtype):
     z, _u, _v, y, _tau, _w = case(4, 700, dtype)
@@ -478,7 +508,7 @@ def test_the_benchmark_times_every_function_after_checking_it(monkeypatch):
     from bench import rows_gpu
 
     result = rows_gpu.one_shape(2, 300, torch.float32, 2, DEVICE, peers=False)
-    assert len(result["timings"]) == 7 and result["timings"]["copy"]["share_of_copy"] == 1
+    assert len(result["timings"]) == 8 and result["timings"]["copy"]["share_of_copy"] == 1
     assert "| values |" in "\n".join(
         rows_gpu.markdown({"environment": timing_conditions(), "shapes": [result]})
     )
