@@ -42,17 +42,23 @@ class Inputs:
 
 
 def functions(y: Tensor, tau: Tensor, w: tuple[Tensor, ...]) -> dict[str, tuple[Callable[..., Any], int]]:
-    """Name -> (function of z, v, a buffer and the state, how many tensors of rows it must read or write)."""
+    """Name -> (function of z, v, a buffer and the states, how many tensors of rows it must read or write)."""
     return {
         "copy": (lambda z, v, out, state: out.copy_(z), 2),
         "values": (lambda z, v, out, state: rows.row_values(z, y, tau), 1),
         "tangents": (lambda z, v, out, state: rows.row_tangents(z, v, y, tau), 2),
         "second tangents": (lambda z, v, out, state: rows.row_second_tangents(z, v, out, y, tau), 3),
         "gradient, state handed in": (
-            lambda z, v, out, state: rows.row_cotangents(z, y, tau, *w, out=out, state=state),
+            lambda z, v, out, state: rows.row_cotangents(z, y, tau, *w, out=out, state=state[:, :3]),
             2,
         ),
         "gradient alone": (lambda z, v, out, state: rows.row_cotangents(z, y, tau, *w, out=out), 2),
+        "tangent of the gradient, state handed in": (
+            lambda z, v, out, state: rows.row_cotangent_tangents(
+                z, v, y, tau, w, w, out=out, state=(state[:, :3], state[:, 3:])
+            ),
+            3,
+        ),
         "tangent of the gradient": (
             lambda z, v, out, state: rows.row_cotangent_tangents(z, v, y, tau, w, w, out=out),
             3,
@@ -173,7 +179,7 @@ def beside_peers(line: str, x: Inputs, repeats: int, device: str) -> dict[str, A
 
 def each_function(x: Inputs, repeats: int, device: str, wrong: Mapping[str, float]) -> dict[str, Any]:
     """The row functions themselves, into buffers that are there before; those that are wrong are left out."""
-    state = rows.row_values_and_state(x.z, x.y, x.tau)[1]
+    state = rows.row_tangents_and_state(x.z, x.v, x.y, x.tau)[1]
     # a buffer to write to is taken in turn as well; its content is the tangent of another turn, never zeros
     buffers = rotating(BUFFERS, x.z, x.v, x.v.clone())
     calls = functions(x.y, x.tau, x.w)

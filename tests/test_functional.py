@@ -261,6 +261,12 @@ def test_no_grad_and_inference_mode_give_values():
         assert not ours(z.requires_grad_(), y).requires_grad
 
 
+def test_a_tangent_of_the_temperature_is_refused():
+    z = torch.randn(2, 5, generator=torch.Generator().manual_seed(0))
+    with pytest.raises(NotImplementedError, match="with respect to the temperature"):
+        jvp(lambda tau: entropy_logprob(z, temperature=tau).entropy, (torch.ones(2),), (torch.ones(2),))
+
+
 def test_third_derivatives_raise():
     z, y, u, v, _ = rows()
 
