@@ -1,8 +1,8 @@
 """Entropy and logprob from hidden states on a GPU: ours by chunks, the fused candidates, and peers, beside their bare products.
 
-`GEMM` is the library's product alone, by chunks of the size that ours has, into memory that was there before; `GEMM at once` the same
-into one buffer of all logits. `GEMMs` of a gradient are four: the logits, the logits again, dh and dW, the last two from a buffer of
-zeros; of tangents three. TFLOP/s count those products for everybody, whatever a contender really computes.
+`GEMM` is the library's product alone, by chunks as large as the workspace allows, into memory that was there before; `GEMM at once` the
+same into one buffer of all logits. `GEMMs` of a gradient are four: the logits, the logits again, dh and dW; of tangents three.
+TFLOP/s count those products for everybody, whatever a contender really computes.
 
 Truth is the float64 specification on all rows, values, gradients and tangents. Nothing is timed before it agrees with it. W and h are
 larger than any cache, which is flushed before every call besides.
@@ -81,24 +81,39 @@ def truth(x: Inputs) -> dict[str, list[Tensor]]:
 
 
 def chunk(x: Inputs) -> int:
-    """Rows of logits that ours makes at a time."""
+    """Rows of logits, of all columns, that fit the workspace."""
     return max(1, min(len(x.h), WORKSPACE_BYTES * 7 // 8 // (len(x.W) * x.W.itemsize)))
 
 
+def chunk_of_columns(x: Inputs) -> int:
+    """Columns of logits, of all rows, that fit it."""
+    return max(256, min(len(x.W), WORKSPACE_BYTES * 7 // 8 // (len(x.h) * x.h.itemsize) // 256 * 256))
+
+
 def products(x: Inputs, line: str) -> Callable[[], None]:
-    size = chunk(x)
-    z = torch.zeros(size, len(x.W), dtype=x.h.dtype, device=x.h.device)
-    dh, dW = torch.empty_like(x.h), torch.zeros_like(x.W)
+    """Logits by rows; those that a gradient makes again by columns, so that dW is written once."""
+    size, width = chunk(x), chunk_of_columns(x)
+    z = torch.zeros(size * len(x.W), dtype=x.h.dtype, device=x.h.device)
+    again = torch.zeros(len(x.h) * width, dtype=x.h.dtype, device=x.h.device)
+    dh, dW = torch.zeros_like(x.h), torch.empty_like(x.W)
+
+    def by_rows() -> None:
+        for part in x.h.split(size):
+            torch.mm(part, x.W.t(), out=z[: len(part) * len(x.W)].view(len(part), len(x.W)))
+
+    def by_columns() -> None:
+        for start in range(0, len(x.W), width):
+            part = x.W[start : start + width]
+            out = again[: len(x.h) * len(part)].view(len(x.h), len(part))
+            torch.mm(x.h, part.t(), out=out)
+            dh.addmm_(out, part)
+            torch.mm(out.t(), x.h, out=dW[start : start + width])
 
     def call() -> None:
-        for start in range(0, len(x.h), size):
-            b = slice(start, min(start + size, len(x.h)))
-            out = z[: b.stop - b.start]
-            for _ in range({"forward": 1, "forward and gradient": 2, "tangents": 3}[line]):
-                torch.mm(x.h[b], x.W.t(), out=out)
-            if line == "forward and gradient":
-                torch.mm(out, x.W, out=dh[b])
-                dW.addmm_(out.t(), x.h[b])
+        for _ in range(3 if line == "tangents" else 1):
+            by_rows()
+        if line == "forward and gradient":
+            by_columns()
 
     return call
 

@@ -2,10 +2,10 @@
 
 `linear` makes a chunk of logits with the library's product and hands it to the row kernels, so logits are written and read once.
 Here (`head_kernels`) a tile of logits is worked up by the program that made it; what is written is three numbers a tile, six with a
-tangent. A gradient makes the logits a second time, writes da in chunks, and leaves dh and dW to the library; it needs
-what `fused_values` saved. Whether this is faster has to be measured on the GPU at hand, against the same library (`python -m bench linear
+tangent. A gradient makes the logits a second time, writes da some columns at a time, and leaves dh and dW to the library; it needs what
+`fused_values` saved. Whether this is faster has to be measured on the GPU at hand, against the same library (`python -m bench linear
 --device cuda`): a product that reaches less than about 90 % of the library's loses what it saves. Only bench and tests come here;
-where it wins, `functional/linear.py` calls these functions for those of `linear`, which have the same arguments, and keeps `Saved`.
+where it wins, `functional/linear.py` calls these functions for those of `linear`, and keeps `Saved` as it keeps the state of rows.
 
 Logits are float32 throughout, where `linear` rounds them to the dtype of h. Products of float32 are IEEE, which no tensor core is,
 unless `precision="tf32"` asks for 10 bits of the factors. float64 is refused. A row's numbers depend on the device's architecture and on
@@ -100,26 +100,51 @@ def fused_cotangents(
 ) -> Head:
     """`linear.linear_cotangents`: the gradient of Σ (q·H + g·logprob + l·logsumexp) with respect to (h, W, b), where wanted.
 
-    da exists in chunks of at most 7/8 of `x.workspace` bytes; the products of da are the library's.
+    da is made some columns at a time, for all rows if 7/8 of `x.workspace` bytes hold them, so that dW is written once; the products of da
+    are the library's. dh is summed up in float32 over columns, dW and db over rows.
     """
     h, W, bias = _head(x)
     cut = cut or tiles(h.dtype, h.device, GRADIENT)
-    V = len(W)
-    out = linear._zeros(x, wanted)
-    for b in _row_slices(x, V * h.element_size(), cut.rows):
-        n = b.stop - b.start
-        da = torch.empty(n, V, dtype=h.dtype, device=h.device)
-        tau, *w = _vectors(torch.float32, x.temperature[b], *(t[b] for t in weights))
-        S = triton.cdiv(V, cut.columns)
-        row_tiles = triton.cdiv(n, cut.rows)
-        _launch(
-            head_kernels.head_cotangents, cut, row_tiles * S, h.device,
-            h[b], W, W if bias is None else bias, x.targets[b].contiguous(), tau, saved.state[b], saved.z_target[b], *w, da,
-            n, V, h.shape[1], S, row_tiles, h.stride(0), W.stride(0), V,
-            BIAS=bias is not None, **_constants(x, cut, precision, (h, W)),
-        )  # fmt: skip
-        linear._pull(out, x.head, b, da)
-    return linear._in_dtype(out, x.head)
+    (N, D), V, size = h.shape, len(W), h.element_size()
+    q, g, l = weights  # noqa: E741
+    tau, *w = _vectors(torch.float32, x.temperature, q, torch.where(x.targets < 0, 0.0, g), l)
+    budget = x.workspace * 7 // 8 // size
+    width = min(V, max(1, budget // max(N, 1) // cut.columns) * cut.columns)
+    height = max(1, min(N, max(1, budget // width // cut.rows) * cut.rows))
+    memory = torch.empty(height * width, dtype=h.dtype, device=h.device)
+    dh = torch.zeros(N, D, dtype=torch.float32, device=h.device) if wanted[0] else None
+    dW = torch.zeros_like(W) if wanted[1] else None
+    db = torch.zeros_like(bias) if wanted[2] and bias is not None else None
+    for c in (slice(left, min(left + width, V)) for left in range(0, V, width)):
+        W_c, b_c = W[c], W if bias is None else bias[c]
+        sums: list[Tensor | None] = [None, None]
+        for b in (slice(top, min(top + height, N)) for top in range(0, N, height)):
+            n, columns = b.stop - b.start, c.stop - c.start
+            da = memory[: n * columns].view(n, columns)
+            S, row_tiles = triton.cdiv(columns, cut.columns), triton.cdiv(n, cut.rows)
+            _launch(
+                head_kernels.head_cotangents, cut, row_tiles * S, h.device,
+                h[b], W_c, b_c, x.targets[b] - c.start, tau[b], saved.state[b], saved.z_target[b], *(t[b] for t in w), da,
+                n, columns, D, S, row_tiles, h.stride(0), W.stride(0), columns,
+                BIAS=bias is not None, **_constants(x, cut, precision, (h, W), columns),
+            )  # fmt: skip
+            if dh is not None:
+                linear._add_product(dh[b], da, W_c)
+            if dW is not None and height == N:
+                torch.mm(da.t(), h, out=dW[c])
+            elif dW is not None:
+                sums[0] = _sum(sums[0], da.t() @ h[b])
+            if db is not None:
+                sums[1] = _sum(sums[1], da.sum(0, dtype=torch.float32))
+        for out, total in ((dW, sums[0]), (db, sums[1])):
+            if out is not None and total is not None:
+                out[c] = total
+    return linear._in_dtype(Head(dh, dW, db), x.head)
+
+
+def _sum(total: Tensor | None, part: Tensor) -> Tensor:
+    """Total + part in float32."""
+    return part.float() if total is None else total.add_(part)
 
 
 def _moments(x: Point, v: Head | None, cut: Tiles | None, precision: str) -> tuple[RowValues, Saved]:
@@ -146,7 +171,7 @@ def _moments(x: Point, v: Head | None, cut: Tiles | None, precision: str) -> tup
             y, tau, moments, z_target[b], v_target[b], n, V, h.shape[1], S, row_tiles,
             h.stride(0), W.stride(0), dh_b.stride(0), dW_b.stride(0),
             TANGENT=v is not None, BIAS=bias is not None, DH=dh is not None, DW=dW is not None, DBIAS=db is not None,
-            **_constants(x, cut, precision, (h, W, dh_b, dW_b)),
+            **_constants(x, cut, precision, (h, W, dh_b, dW_b), V),
         )  # fmt: skip
         one = (1, 0)  # z[r, y_r] is z_target[r]
         with _device(h):
@@ -162,8 +187,8 @@ def merge_warps(S: int) -> int:
     return max(1, min(8, triton.next_power_of_2(S) // 128))
 
 
-def _constants(x: Point, cut: Tiles, precision: str, factors: tuple[Tensor, ...]) -> dict[str, Any]:
-    h, W = factors[:2]
+def _constants(x: Point, cut: Tiles, precision: str, factors: tuple[Tensor, ...], V: int) -> dict[str, Any]:
+    h = factors[0]
     for t in factors:
         aligned = t.data_ptr() % 16 == 0 and t.stride(0) * t.element_size() % 16 == 0
         if cut.tma and not aligned:
@@ -178,7 +203,7 @@ def _constants(x: Point, cut: Tiles, precision: str, factors: tuple[Tensor, ...]
         "BLOCK_V": cut.columns,
         "BLOCK_D": cut.depth,
         "GROUP": GROUP,
-        "EVEN_V": len(W) % cut.columns == 0,
+        "EVEN_V": V % cut.columns == 0,
         "EVEN_D": h.shape[1] % cut.depth == 0,
         "TMA": cut.tma,
         "FLATTEN": cut.flatten,

@@ -179,7 +179,8 @@ def head_cotangents(
 ):  # fmt: skip
     """da = (dz/da) [p (l − g − q (c − c̄)) + g 1_y]/τ of the tiles that fall to this program, as `row_kernels.write_cotangents` has it.
 
-    `state` and `z_target` are those of the values, whatever tiles they were found with.
+    `state` and `z_target` are those of the values, whatever tiles they were found with. W may be some of the columns, and y counts from the
+    first of them; where there is no target, g must be 0.
     """
     h_tma = None
     W_tma = None
@@ -208,7 +209,7 @@ def head_cotangents(
         d_mean = tl.load(state + rows * 3 + 2, mask=there, other=0.0)[:, None]
         q_n = tl.load(q + rows, mask=there, other=0.0)[:, None]
         l_n = tl.load(l + rows, mask=there, other=0.0)[:, None]
-        g_n = tl.load(g + rows, mask=there & (target >= 0), other=0.0)[:, None]
+        g_n = tl.load(g + rows, mask=there, other=0.0)[:, None]
         scale = 1.0 / ((1.0 + s1) * tau_n)
         k0 = (l_n + q_n * (d_mean / tau_n)) * scale
         k1 = -q_n * scale / tau_n
