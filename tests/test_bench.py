@@ -133,6 +133,21 @@ def test_pictures_and_readme_show_what_was_measured(tmp_path, monkeypatch):
     assert picture.name == "bench_rows_cpu.svg" and ">4753<" in drawn and ">torch.compile<" not in drawn
     plots.run()
     assert readme.read_text() == first and picture.read_text() == drawn
+    on_gpu = {
+        "environment": RESULT["environment"] | {"device": "NVIDIA H200", "cuda": "13.0"},
+        "shapes": [
+            {
+                "rows": 2, "vocabulary": 9, "dtype": "bfloat16",
+                "timings": {"values": timing.spread([0.5, 0.5])},
+                "beside_peers": {"forward": {"timings": {"copy": timing.spread([1.0, 1.0])}}},
+            },
+        ],
+    }  # fmt: skip
+    (tmp_path / "results" / "rows_h200.json").write_text(json.dumps(on_gpu))
+    plots.run()
+    text = readme.read_text()
+    assert "GPU: no figure yet" not in text and "| forward, [2, 9] bfloat16 | 1 | – | – | – | – | – |" in text
+    assert len(list(plots.IMAGES.iterdir())) == 2
     readme.write_text("no place")
     with pytest.raises(SystemExit, match="no place for the figures"):
         plots.run()
