@@ -197,7 +197,7 @@ def linear_cotangent_tangents(
             d_da = x.rows.row_cotangent_tangents(z, dz, y, tau, q, dq, out=dz)
         else:
             slope = _slope(z, x.softcap)
-            d_da = x.rows.row_cotangent_tangents(z, dz, y, tau, q, dq) * slope
+            d_da = x.rows.row_cotangent_tangents(z, dz, y, tau, q, dq).mul_(slope)
             d_da += dz.mul_(z).mul_(-2 / x.softcap**2).mul_(da)
             da *= slope
         _pull(out, Head(v.hidden, v.weight, None), b, da)  # da Ẇ and daᵀ ḣ
@@ -213,8 +213,7 @@ def _chunks(x: Point, buffers: int, *, sums: bool = False) -> Iterator[Any]:
     """
     h, W, bias = x.head
     assert h is not None and W is not None
-    temporaries = 0 if x.softcap is None else 2  # the slope, and a product with it
-    row = max(1, (buffers + temporaries) * W.shape[0] * h.element_size())
+    row = max(1, _held(x, buffers) * W.shape[0] * h.element_size())
     size = max(1, min(len(h), x.workspace * 7 // 8 // row))
     if h.device.type == "cpu" and not sums:
         size = min(size, 256)
@@ -237,7 +236,7 @@ def _tiles(x: Point, buffers: int, *, weight: bool = False) -> Iterator[Any]:
     assert h is not None and W is not None
     N, (V, D) = len(h), W.shape
     size, budget = h.element_size(), x.workspace * 7 // 8
-    cell = (buffers + (0 if x.softcap is None else 2)) * size
+    cell = _held(x, buffers) * size
     per_row = D * size if size == 2 else 0
     per_column = D * (size + 4) if size == 2 and weight else 0
     width = min(V, TILE_COLUMNS)
@@ -261,6 +260,15 @@ def _tiles(x: Point, buffers: int, *, weight: bool = False) -> Iterator[Any]:
 def _dtype(x: Point) -> torch.dtype:
     assert x.head.hidden is not None
     return x.head.hidden.dtype
+
+
+def _held(x: Point, buffers: int) -> int:
+    """How many arrays as large as a chunk or tile exist at once.
+
+    `buffers`; on the CPU, in 16 bits, each once more, which oneDNN may lay out anew; under a soft cap the slope and one more.
+    """
+    relaid = x.rows is cpu and _dtype(x).itemsize == 2
+    return buffers * (1 + relaid) + 2 * (x.softcap is not None)
 
 
 def _carried(x: Point) -> bool:
@@ -289,7 +297,9 @@ def _pick(out: Tensor, targets: Tensor, b: slice, c: slice, z: Tensor) -> None:
 
 def _slope(z: Tensor, softcap: float) -> Tensor:
     """dz/da = 1 − (z/κ)², as a product that keeps its digits near the cap."""
-    return (1 - z / softcap) * (1 + z / softcap)
+    ratio = z / softcap
+    slope = 1 - ratio
+    return slope.mul_(ratio.add_(1))
 
 
 def _tangent(x: Point, v: Head, b: slice, z: Tensor, dz: Tensor, c: slice = slice(None)) -> Tensor:
