@@ -116,7 +116,8 @@ COLUMNS = {  # of a kind of result: heading: who stands there, the first that wa
         "data alone": YARDSTICK_OF,
         "ours": ("ours",),
         "torch, the same": ("torch.topk, all six", "torch, all six"),
-        "torch, entropy and log-prob alone": ("torch", "torch.topk", "torch, set known"),
+        "ours, entropy and log-prob alone": ("ours, kept law",),
+        "torch, these alone": ("torch", "torch.topk", "torch, set known"),
     },
 }
 SHAPES_SHOWN = {"rows": 1, "linear": 1, "truncated": 2}  # the first of a result
