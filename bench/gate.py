@@ -27,7 +27,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from bench import gate_cuda, timing
-from entropy_kernels.ops import kept_kernels, row_kernels, rows
+from entropy_kernels.ops import kept_kernels, part_kernels, row_kernels, rows, triton_parts
 
 R, V = 8192, 151936  # the shape of the roofline
 ALIGNMENT = 16  # what Triton is told of pointers and row lengths: it looks for multiples of 16 at each launch
@@ -62,20 +62,24 @@ class Variant:
     width: int = 0  # columns a program
     reads: int = 0  # tensors of rows read
     writes: int = 0
+    listed: bool | None = None  # the set is a mask, not a threshold
     again: bool = False  # reads the row as often as its numbers ask for: nothing can be said of one element
 
     @property
     def name(self) -> str:
-        return self.kernel + ("" if self.tangents is None else f" N={self.tangents}")
+        name = self.kernel + ("" if self.tangents is None else f" N={self.tangents}")
+        return name + {None: "", True: ", mask", False: ", threshold"}[self.listed]
 
     @property
     def warps(self) -> int:
+        if self.listed is not None:
+            return triton_parts.part_warps(self.width, rows.compute_dtype(self.dtype))
         of = rows.warps if self.again else rows.tile_warps
         return of(self.width) if self.width else 1
 
     @property
     def bytes_per_element(self) -> int:
-        return (self.reads + self.writes) * self.dtype.itemsize
+        return (self.reads + self.writes) * self.dtype.itemsize + (1 if self.listed else 0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,6 +117,25 @@ def variants(dtypes: Sequence[torch.dtype] = tuple(NAMES)) -> Iterator[Variant]:
         if dtype in rows.KEY_SHIFT:
             width = rows.kept_width(V)
             yield Variant(kernel="kept_thresholds", dtype=dtype, width=width, reads=1, again=True)
+        yield from _part_variants(dtype)
+
+
+def _part_variants(dtype: torch.dtype) -> Iterator[Variant]:
+    """All that `ops.triton_parts` launches beside the merge; a mask is one byte an element more."""
+    T = rows.compute_dtype(dtype)
+    for listed in (False, True):
+        for N in range(3):
+            width = triton_parts.part_width(V, T, N)
+            yield Variant(
+                kernel="tile_part_moments", dtype=dtype, tangents=N, width=width, reads=1 + N, listed=listed
+            )
+        width = triton_parts.part_width(V, T)
+        yield Variant(
+            kernel="write_part_cotangents", dtype=dtype, width=width, reads=1, writes=1, listed=listed
+        )
+        yield Variant(
+            kernel="write_part_cotangent_tangents", dtype=dtype, width=width, reads=2, writes=1, listed=listed
+        )
 
 
 def compiled(x: Variant, target: str) -> Compiled:
@@ -158,17 +181,21 @@ def faults(c: Compiled) -> list[str]:
 
 
 def _compile(x: Variant, target: GPUTarget) -> tuple[Any, Any]:
-    function = getattr(kept_kernels if x.again else row_kernels, x.kernel)
+    file = kept_kernels if x.again else row_kernels if x.listed is None else part_kernels
+    function = getattr(file, x.kernel)
     if not isinstance(function, triton.JITFunction):
         raise RuntimeError("the gate compiles: run it without TRITON_INTERPRET")
     data, wide = "*" + NAMES[x.dtype], "*" + NAMES[rows.compute_dtype(x.dtype)]
-    constants = {f"{t}_column": 1 for t in ("z", "u", "v", "out")}
+    constants: dict[str, Any] = {f"{t}_column": 1 for t in ("z", "kept", "u", "v", "out")}
+    constants |= {"LISTED": x.listed}
     constants |= {"N": x.tangents, "BLOCK": x.width, "TILES": triton.next_power_of_2(triton.cdiv(V, 2048))}
     constants |= {"SHIFT": rows.KEY_SHIFT.get(x.dtype), "PTX": target.backend == "cuda"}
     constants |= {"CHUNK": rows.chunk(x.width, x.dtype.itemsize, x.warps * target.warp_size)}
     types = dict.fromkeys(("z", "u", "v", "out"), data) | {"y": "*i64", "S": "i32", "V": "i32"}
     types |= {"k": "*i64", "p": "*fp64"}
-    types |= {f"{t}_row": "i32" for t in ("z", "u", "v", "out", "state", "dstate")}
+    types |= {"kept": "*u8" if x.listed else wide, "some": "*i32", "R": "i32"}
+    types |= {"moments": "*fp64"} if x.listed is not None else {}
+    types |= {f"{t}_row": "i32" for t in ("z", "kept", "u", "v", "out", "state", "dstate")}
     signature = {
         name: "constexpr" if name in constants else types.get(name, wide) for name in function.arg_names
     }
@@ -248,6 +275,12 @@ FUNCTIONS = {
     "gradient alone": ["tile_moments N=0", "write_cotangents"],
     "tangent of the gradient, state handed in": ["write_cotangent_tangents"],
     "tangent of the gradient": ["tile_moments N=1", "write_cotangent_tangents"],
+    "kept set and tail: values": ["tile_part_moments N=0, threshold"],
+    "kept set and tail: gradient, state handed in": ["write_part_cotangents, threshold"],
+    "kept set and tail: tangent of the gradient": [
+        "tile_part_moments N=1, threshold",
+        "write_part_cotangent_tangents, threshold",
+    ],
 }
 
 

@@ -44,6 +44,7 @@ def test_the_triton_rows(which):
         which,
         "triton_rows.py",
         "triton_kept.py",
+        "triton_parts.py",
         interpret=interpret,
     )
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
