@@ -27,7 +27,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from bench import gate_cuda, timing
-from entropy_kernels.ops import kept_kernels, part_kernels, row_kernels, rows, triton_parts
+from entropy_kernels.ops import kept_kernels, many_kernels, part_kernels, row_kernels, rows, triton_parts
 
 R, V = 8192, 151936  # the shape of the roofline
 ALIGNMENT = 16  # what Triton is told of pointers and row lengths: it looks for multiples of 16 at each launch
@@ -63,11 +63,13 @@ class Variant:
     reads: int = 0  # tensors of rows read
     writes: int = 0
     listed: bool | None = None  # the set is a mask, not a threshold
+    directions: int = 0  # tangents of the same logits
     again: bool = False  # reads the row as often as its numbers ask for: nothing can be said of one element
 
     @property
     def name(self) -> str:
         name = self.kernel + ("" if self.tangents is None else f" N={self.tangents}")
+        name += f" K={self.directions}" if self.directions else ""
         return name + {None: "", True: ", mask", False: ", threshold"}[self.listed]
 
     @property
@@ -111,6 +113,9 @@ def variants(dtypes: Sequence[torch.dtype] = tuple(NAMES)) -> Iterator[Variant]:
             width = rows.tile_width(V, T, N)
             yield Variant(kernel="tile_moments", dtype=dtype, tangents=N, width=width, reads=1 + N)
             yield Variant(kernel="merge_tiles", dtype=dtype, tangents=N)
+        for K in rows.DIRECTIONS:
+            width = rows.tile_width(V, T, 1)
+            yield Variant(kernel="tile_many_tangents", dtype=dtype, directions=K, width=width, reads=1 + K)
         width = rows.written_width(V, T)
         yield Variant(kernel="write_cotangents", dtype=dtype, width=width, reads=1, writes=1)
         yield Variant(kernel="write_cotangent_tangents", dtype=dtype, width=width, reads=2, writes=1)
@@ -182,19 +187,23 @@ def faults(c: Compiled) -> list[str]:
 
 def _compile(x: Variant, target: GPUTarget) -> tuple[Any, Any]:
     file = kept_kernels if x.again else row_kernels if x.listed is None else part_kernels
-    function = getattr(file, x.kernel)
+    function = getattr(many_kernels if x.directions else file, x.kernel)
     if not isinstance(function, triton.JITFunction):
         raise RuntimeError("the gate compiles: run it without TRITON_INTERPRET")
     data, wide = "*" + NAMES[x.dtype], "*" + NAMES[rows.compute_dtype(x.dtype)]
     constants: dict[str, Any] = {f"{t}_column": 1 for t in ("z", "kept", "u", "v", "out")}
     constants |= {"LISTED": x.listed}
     constants |= {"N": x.tangents, "BLOCK": x.width, "TILES": triton.next_power_of_2(triton.cdiv(V, 2048))}
-    constants |= {"SHIFT": rows.KEY_SHIFT.get(x.dtype), "PTX": target.backend == "cuda"}
+    constants |= {
+        "DIRECTIONS": x.directions,
+        "SHIFT": rows.KEY_SHIFT.get(x.dtype),
+        "PTX": target.backend == "cuda",
+    }
     constants |= {"CHUNK": rows.chunk(x.width, x.dtype.itemsize, x.warps * target.warp_size)}
     types = dict.fromkeys(("z", "u", "v", "out"), data) | {"y": "*i64", "S": "i32", "V": "i32"}
-    types |= {"k": "*i64", "p": "*fp64"}
+    types |= {"k": "*i64", "p": "*fp64", "moments": "*fp64"}
     types |= {"kept": "*u8" if x.listed else wide, "some": "*i32", "R": "i32"}
-    types |= {"moments": "*fp64"} if x.listed is not None else {}
+    types |= dict.fromkeys(("v_direction", "moments_direction"), "i64")
     types |= {f"{t}_row": "i32" for t in ("z", "kept", "u", "v", "out", "state", "dstate")}
     signature = {
         name: "constexpr" if name in constants else types.get(name, wide) for name in function.arg_names
@@ -270,6 +279,7 @@ def _read_amd(code: str) -> tuple[int, int, int, collections.Counter[str], int]:
 FUNCTIONS = {
     "values": ["tile_moments N=0"],
     "tangents": ["tile_moments N=1"],
+    "4 tangents at once": ["tile_many_tangents K=4"],
     "second tangents": ["tile_moments N=2"],
     "gradient, state handed in": ["write_cotangents"],
     "gradient alone": ["tile_moments N=0", "write_cotangents"],

@@ -7,6 +7,8 @@ import torch
 from torch.func import grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
 
 from entropy_kernels.functional import entropy_logprob
+from entropy_kernels.functional.rows import rows_from
+from entropy_kernels.ops import cpu, reference
 
 TAU = 0.7
 
@@ -259,6 +261,49 @@ def test_no_grad_and_inference_mode_give_values():
         assert torch.equal(ours(z, y), ours(z, y))
     with torch.no_grad():
         assert not ours(z.requires_grad_(), y).requires_grad
+
+
+@pytest.mark.parametrize("ops", [cpu, reference])
+def test_tangents_along_several_directions_do_not_copy_the_logits(ops, monkeypatch):
+    """vmap over tangents, in every further mode, against one direction after the other."""
+    g = torch.Generator().manual_seed(0)
+    z, u = torch.randn(2, 3, 40, dtype=torch.float64, generator=g)
+    directions = torch.randn(5, 3, 40, dtype=torch.float64, generator=g)
+    weights = torch.tensor([1.0, 0.5, 2.0], dtype=torch.float64)
+
+    def f(z):
+        found = entropy_logprob(z, torch.tensor([1, 2, -100]), temperature=0.7)
+        return (weights * (found.entropy + 0.3 * found.logprob)).sum()
+
+    def along(z, directions):
+        return vmap(lambda v: jvp(f, (z,), (v,))[1])(directions)
+
+    def one_by_one(z, directions):
+        return torch.stack([jvp(f, (z,), (v,))[1] for v in directions])
+
+    pairs = torch.stack([directions[:2], directions[2:4]])
+    modes = {
+        "value": lambda h: h(z, directions),
+        "vjp": lambda h: torch.cat(
+            [x.flatten() for x in grad(lambda *x: h(*x).sin().sum(), (0, 1))(z, directions)]
+        ),
+        "jvp": lambda h: jvp(h, (z, directions), (u, directions.flip(0)))[1],
+        "vmap over directions": lambda h: torch.stack([h(z, p) for p in pairs]),
+        "vmap over both": lambda h: torch.stack([h(z, pairs[0]), h(u, pairs[1])]),
+    }
+    at_once = modes | {
+        "vmap over directions": lambda h: vmap(lambda p: h(z, p))(pairs),
+        "vmap over both": lambda h: vmap(h)(torch.stack([z, u]), pairs),
+    }
+    with rows_from(ops):
+        for mode in modes:
+            want = modes[mode](one_by_one)
+            got = at_once[mode](along)
+            assert want.abs().max() > 0 and (got - want).abs().max() <= 1e-13 * want.abs().max(), mode
+        rows, single = [], ops.row_tangents
+        monkeypatch.setattr(ops, "row_tangents", lambda z, *x: rows.append(len(z)) or single(z, *x))
+        along(z, directions)
+    assert rows == [3] * 5  # and not fifteen at once
 
 
 def test_a_tangent_of_the_temperature_is_refused():

@@ -108,11 +108,11 @@ def _unknown(z: Tensor) -> Tensor:
     return z.new_empty(z.shape[0], 0)
 
 
-def _zeros(z: Tensor, *weights: Tensor | None) -> tuple[Tensor, ...]:
-    """The cotangents or their tangents, zero where there is none."""
-    return tuple(
-        z.new_zeros(z.shape[0], dtype=reference.compute_dtype(z.dtype)) if w is None else w for w in weights
-    )
+def _zeros(z: Tensor, *weights: Tensor | None, like: Tensor | None = None) -> tuple[Tensor, ...]:
+    """The cotangents or their tangents; where there is none zero, of the rows' shape or that of `like`."""
+    shape = z.shape[:1] if like is None else like.shape
+    dtype = reference.compute_dtype(z.dtype)
+    return tuple(z.new_zeros(shape, dtype=dtype) if w is None else w for w in weights)
 
 
 def no_third(ctx: Any, *_: Any) -> Any:
@@ -161,6 +161,10 @@ class _Values(Function):
 class _Tangents(Function):
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *inputs: Tensor) -> Any:
+        z, dz, y, tau = inputs
+        along = in_dims[1]
+        if along is not None and in_dims[0] is None and in_dims[2] is None and in_dims[3] is None:
+            return _ManyTangents.apply(z, dz.movedim(along, 0), y, tau), (0,) * 4
         return _over_rows(_Tangents, in_dims, inputs)
 
     @staticmethod
@@ -192,6 +196,21 @@ class _Tangents(Function):
     @staticmethod
     def backward(ctx: Any, q: Any, g: Any, l: Any, _: Any) -> Any:  # noqa: E741
         z, dz, y, tau, known = ctx.saved_tensors
+        return *_Tangents.gradients(ctx, z, dz, known, q, g, l, y, tau), None, None
+
+    @staticmethod
+    def gradients(
+        ctx: Any,
+        z: Tensor,
+        dz: Tensor,
+        known: Tensor,
+        q: Any,
+        g: Any,
+        l: Any,  # noqa: E741
+        y: Tensor,
+        tau: Tensor,
+    ) -> tuple[Any, Any]:
+        """Those of z and ż, where they are asked for."""
         state, of_tangent = known.tensor_split(2, 1)
         grad_z = grad_dz = None
         q, g, l = _zeros(z, q, g, l)  # noqa: E741
@@ -200,7 +219,69 @@ class _Tangents(Function):
             grad_z = _CotangentTangents.apply(z, dz, y, tau, state, of_tangent, q, g, l, zero, zero, zero)
         if ctx.needs_input_grad[1]:
             grad_dz = _Cotangents.apply(z, y, tau, state, q, g, l)
-        return grad_z, grad_dz, None, None
+        return grad_z, grad_dz
+
+
+class _ManyTangents(Function):
+    """`_Tangents` along K directions at the same logits, ż [K, R, V] → [K, R]: what vmap over tangents makes of it."""
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *inputs: Tensor) -> Any:
+        size = info.batch_size
+        z, dz, y, tau = inputs
+        along = in_dims[1]
+        if along is not None and in_dims[0] is None and in_dims[2] is None and in_dims[3] is None:
+            out = _ManyTangents.apply(z, dz.movedim(along, 0).flatten(0, 1), y, tau)  # further directions
+            return tuple(x.unflatten(0, (size, -1)) for x in out), (0,) * 4
+        z, y, tau = (
+            (x.expand(size, *x.shape) if d is None else x.movedim(d, 0)).flatten(0, 1)
+            for x, d in zip((z, y, tau), (in_dims[0], *in_dims[2:]), strict=True)
+        )
+        wide = dz.unsqueeze(1) if along is None else dz.movedim(along, 1)
+        dz = wide.expand(wide.shape[0], size, *wide.shape[2:]).flatten(1, 2)
+        out = _ManyTangents.apply(z, dz, y, tau)
+        return tuple(x.unflatten(1, (size, -1)) for x in out), (1,) * 4
+
+    @staticmethod
+    def forward(z: Tensor, dz: Tensor, y: Tensor, tau: Tensor) -> tuple[Tensor, ...]:
+        ops = row_functions(z.device)
+        if hasattr(ops, "row_many_tangents"):
+            tangents, known = ops.row_many_tangents(z, dz, y, tau)
+            return (*tangents, known)
+        each = [_Tangents.forward(z, x, y, tau) for x in dz]  # without a copy of z for each
+        return tuple(torch.stack(column) for column in zip(*each, strict=True))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.mark_non_differentiable(output[3])
+        ctx.set_materialize_grads(False)
+        _keep(ctx, *inputs, output[3])
+
+    @staticmethod
+    def jvp(ctx: Any, du: Tensor | None, ddz: Tensor | None, *_: Any) -> Any:
+        z, dz, y, tau, _ = ctx.saved_tensors
+        terms = []
+        if du is not None:
+            each = [_Second.apply(z, du, x, y, tau) for x in dz]
+            terms.append([torch.stack(column) for column in zip(*each, strict=True)])
+        if ddz is not None:
+            terms.append(_ManyTangents.apply(z, ddz, y, tau)[:3])
+        return (*(terms[0] if len(terms) == 1 else (a + b for a, b in zip(*terms, strict=True))), None)
+
+    @staticmethod
+    def backward(ctx: Any, q: Any, g: Any, l: Any, _: Any) -> Any:  # noqa: E741
+        z, dz, y, tau, known = ctx.saved_tensors
+        q, g, l = _zeros(z, q, g, l, like=dz[..., 0])  # noqa: E741
+        each = [
+            _Tangents.gradients(ctx, z, dz[k], known[k], q[k], g[k], l[k], y, tau) for k in range(len(dz))
+        ]
+        of_z, of_dz = zip(*each, strict=True)
+        return (
+            sum(of_z[1:], of_z[0]) if ctx.needs_input_grad[0] else None,
+            torch.stack(of_dz) if ctx.needs_input_grad[1] else None,
+            None,
+            None,
+        )
 
 
 class _Cotangents(Function):

@@ -105,12 +105,17 @@ def _prepared(z: Tensor, *tangents: Tensor) -> list[Tensor]:
     """The logits and their tangents in one dtype, each row contiguous."""
     same = z.dtype in _DTYPES and all(t.dtype == z.dtype for t in tangents)
     dtype = z.dtype if same else compute_dtype(z.dtype)
-    wide = [t.to(dtype) for t in (z, *tangents)]
+    wide = [_in_memory(t).to(dtype) for t in (z, *tangents)]
     return [t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous() for t in wide]
 
 
 def _vectors(z: Tensor, *vectors: Tensor) -> list[Tensor]:
-    return [t.to(compute_dtype(z.dtype)).contiguous() for t in vectors]
+    return [_in_memory(t).to(compute_dtype(z.dtype)).contiguous() for t in vectors]
+
+
+def _in_memory(t: Tensor) -> Tensor:
+    """Autograd stands in for zeros with tensors that have no memory."""
+    return torch.zeros(t.shape, dtype=t.dtype, device=t.device) if t._is_zerotensor() else t
 
 
 def _values(

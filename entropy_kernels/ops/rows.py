@@ -20,7 +20,7 @@ from torch import Tensor
 
 from entropy_kernels.errors import UserError
 
-from . import kept_kernels, row_kernels, truncated
+from . import kept_kernels, many_kernels, row_kernels, truncated
 from .reference import RowValues, compute_dtype
 
 
@@ -52,6 +52,8 @@ def warps(width: int) -> int:
     """8 for 4096 columns and more, fewer for narrow rows."""
     return max(1, min(8, width // 512))
 
+
+DIRECTIONS = (4, 2, 1)  # how many share a read of the logits
 
 KEY_SHIFT = {
     torch.bfloat16: 16,
@@ -149,6 +151,40 @@ def row_tangents_and_state(
 ) -> tuple[RowValues, Tensor]:
     """`row_tangents`, and [R, 6]: the state of the values, and beside it its tangent: ż at the peak, E_p[ż − ż_peak], H'."""
     return _moments(z, [dz], y, tau, precise)
+
+
+def row_many_tangents(
+    z: Tensor, dz: Tensor, y: Tensor, tau: Tensor, *, precise: bool = False
+) -> tuple[RowValues, Tensor]:
+    """`row_tangents_and_state` along K directions, dz [K, R, V], to [K, R] and [K, R, 6]; z is read once for every four."""
+    z, dz = _in_memory(z), _in_memory(dz)
+    K, R, V = dz.shape
+    T = _dtype(z, precise)
+    out = RowValues(*(torch.empty(K, R, dtype=compute_dtype(z.dtype), device=z.device) for _ in range(3)))
+    known = torch.empty(K, R, 6, dtype=T, device=z.device)
+    if K == 0 or R == 0:
+        return out, known
+    width = tile_width(V, T, 1)
+    S = triton.cdiv(V, width)
+    (tau,) = _vectors(T, tau)
+    y = y.contiguous()
+    first = 0
+    while first < K:
+        n = next(n for n in DIRECTIONS if n <= K - first)
+        moments = torch.empty(n, R, S, 6, dtype=torch.float64, device=z.device)
+        with _device(z):
+            many_kernels.tile_many_tangents[(R * S,)](
+                z, dz[first : first + n], tau, moments, V, S, *z.stride(), *dz.stride(), moments.stride(0),
+                DIRECTIONS=n, **_launch(z, width),
+            )  # fmt: skip
+            for k in range(first, first + n):
+                v = dz[k]
+                row_kernels.merge_tiles[(R,)](
+                    z, v, v, y, tau, moments[k - first], known[k], *(t[k] for t in out), S,
+                    *z.stride(), *v.stride(), *v.stride(), N=1, TILES=triton.next_power_of_2(S), num_warps=1,
+                )  # fmt: skip
+        first += n
+    return out, known
 
 
 def row_values(z: Tensor, y: Tensor, tau: Tensor, *, precise: bool = False) -> RowValues:

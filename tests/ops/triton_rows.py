@@ -317,6 +317,18 @@ def test_a_state_handed_in_gives_the_same_gradient_and_tangent_of_it(dtype):
         assert torch.equal(rows.row_cotangent_tangents(z, v, y, tau, *moved, state=states), found)
 
 
+@one_dtype
+def test_directions_at_once_give_what_each_gives_alone(dtype):
+    """Seven of them: four, two and one share a read. The last row is peaked, one is masked in part."""
+    z, u, v, y, tau, _w = there(case(4, 1300, dtype))
+    z[3, 700], z[1, ::3] = 40.0, -torch.inf
+    directions = torch.stack([u, v, u + v, u - v, v - u, z.clamp(min=-3), v * v])
+    got, known = rows.row_many_tangents(z, directions, y, tau)
+    for k, direction in enumerate(directions):
+        alone, of_one = rows.row_tangents_and_state(z, direction, y, tau)
+        assert torch.equal(columns(got)[:, k], columns(alone)) and torch.equal(known[k], of_one)
+
+
 # ---- properties
 
 examples = settings(max_examples=1 if DEVICE == "cpu" else 20, deadline=None, derandomize=True)
