@@ -9,9 +9,10 @@ import sys
 import pytest
 import torch
 import torch.autograd.forward_ad as fwAD
+from peft import LoraConfig, get_peft_model
 from torch.func import grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
 
-from entropy_kernels import linear_entropy_logprob
+from entropy_kernels import entropy_logprob, linear_entropy_logprob
 from entropy_kernels.functional.rows import rows_from
 from entropy_kernels.ops import linear, reference, tiles
 
@@ -305,10 +306,36 @@ def test_autocast_is_that_of_the_layer():
     assert torch.equal(found.entropy, cast.entropy) and torch.equal(found.logprob, cast.logprob)
 
 
+def test_a_head_that_lora_wraps():
+    """What the refusal and the docstring say to pass gives the wrapped layer's logits, and gradients to A and B alone."""
+    model = torch.nn.Sequential(torch.nn.Linear(D, V, bias=False))
+    wrapped = (
+        get_peft_model(model, LoraConfig(target_modules=["0"], r=2, lora_alpha=6))
+        .base_model.model[0]
+        .double()
+    )
+    A, B = wrapped.lora_A["default"].weight, wrapped.lora_B["default"].weight
+    torch.nn.init.normal_(B)
+    (h, *_), y, *_ = problem(11)
+    weight = wrapped.base_layer.weight + wrapped.scaling["default"] * B @ A
+    found, expected = linear_entropy_logprob(h, weight, y), entropy_logprob(wrapped(h), y)
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b)
+    assert not torch.allclose(linear_entropy_logprob(h, wrapped.weight, y).entropy, expected.entropy)
+    assert not wrapped.base_layer.weight.requires_grad
+    for a, b in zip(
+        *(torch.autograd.grad((f.entropy + f.logprob).sum(), (A, B)) for f in (found, expected)), strict=True
+    ):
+        torch.testing.assert_close(a, b)
+    with pytest.raises(ValueError, match="LoRA"):
+        linear_entropy_logprob(h, wrapped, y)
+
+
 @pytest.mark.parametrize(
     "change, word",
     [
         ({"hidden": torch.zeros(3, 4)}, "hidden"),
+        ({"weight": torch.nn.Linear(D, V)}, "scaling"),
         ({"weight": torch.zeros(V, D, dtype=torch.float32)}, "weight"),
         ({"bias": torch.zeros(V + 1, dtype=torch.float64)}, "bias"),
         ({"softcap": 0.0}, "softcap"),

@@ -319,15 +319,16 @@ def linear_entropy_logprob(
 
     Args:
         hidden: [..., D], float64/32/16 or bfloat16.
-        weight: [V, D], and bias: [V] or None, of the same dtype.
+        weight: [V, D], and bias: [V] or None, of the same dtype. The `weight` of a layer that LoRA wraps (peft) is that of its base: pass
+            base.weight + scaling · B A, whose gradient reaches A and B.
         targets: [...], integer, or None for no logprob. Where it equals `ignore_index`, logprob is 0 with zero gradient.
         bias: see weight.
         temperature: τ > 0, a number or a tensor that broadcasts to [...]; not differentiable.
         softcap: κ > 0, applied before the temperature; None for none.
         ignore_index: the target that means "none".
         vocab_size: rows of the weight from here on are padding and take no part.
-        workspace: bytes of logits, their tangents and cotangents that exist at once (one row's at least). Gradients of 16-bit weights
-            are summed up in float32 beside it.
+        workspace: bytes of logits, their tangents and cotangents that exist at once (one row's at least). Results and gradients are
+            beside it, and what is summed up in float32 for 16-bit inputs: dh, and in tangents of gradients dW.
 
     Returns:
         EntropyLogprob(entropy, logprob, logsumexp), each [...], in nats; float64 for float64 input, float32 otherwise.
@@ -337,6 +338,7 @@ def linear_entropy_logprob(
         NotImplementedError: a third derivative; forward mode inside a compiled region, where there are values and a gradient.
     """
     name = "linear_entropy_logprob"
+    _check_tensors(name, hidden=hidden, weight=weight, bias=bias)
     kind = hidden.device.type
     if torch.is_autocast_enabled(kind):  # as the layer itself would
         low = torch.get_autocast_dtype(kind)
@@ -360,6 +362,15 @@ def linear_entropy_logprob(
     return EntropyLogprob(
         entropy.reshape(shape), None if targets is None else logprob.reshape(shape), logsumexp.reshape(shape)
     )
+
+
+def _check_tensors(name: str, **given: Any) -> None:
+    for what, x in given.items():
+        if not isinstance(x, Tensor | None):
+            raise ValueError(
+                f"{name}: {what} is a {type(x).__name__}; expected a tensor. Of a layer pass its weight and bias; where LoRA wraps it, "
+                "that weight is the base's alone, and the layer's is base.weight + scaling * lora_B.weight @ lora_A.weight."
+            )
 
 
 def _check(
