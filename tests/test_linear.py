@@ -231,6 +231,25 @@ def test_chunks_do_not_change_a_result(workspace):
         torch.testing.assert_close(many, one, rtol=1e-13, atol=1e-13)
 
 
+@pytest.mark.parametrize("softcap", [None, 20.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_gradient_meets_the_logits_its_state_is_of(dtype, softcap, monkeypatch):
+    """The state of a row goes with the bits of its logits: the peak, and what is small beside it, are measured from them."""
+    if not tiles.available():
+        pytest.skip("no compiler, no library")
+    monkeypatch.setattr(linear, "TILE_COLUMNS", 2048)
+    generator = torch.Generator().manual_seed(0)
+    h, W = (torch.randn(n, 96, generator=generator).to(dtype) for n in (300, 5000))
+    made, logits = [], linear._logits
+    monkeypatch.setattr(linear, "_logits", lambda x, b, c, z: (logits(x, b, c, z), made.append(z.clone())))
+    h.requires_grad_(), W.requires_grad_()
+    entropy = linear_entropy_logprob(h, W, softcap=softcap, workspace=1 << 22).entropy
+    forward = list(made)
+    made.clear()
+    torch.autograd.grad(entropy.sum(), (h, W))
+    assert len(forward) == len(made) > 3 and all(map(torch.equal, forward, made))
+
+
 def test_a_backward_twice_is_the_same_and_inputs_stay_as_they_are():
     x, y, *_ = problem(3)
     x = tuple(t.requires_grad_() for t in x)

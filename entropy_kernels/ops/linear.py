@@ -10,8 +10,8 @@ With s = dz/da = 1 − (z/κ)² (1 without a soft cap) and a dot for the tangent
 
 Never more than `workspace` bytes of logits, tangents and cotangents exist at once. There are two ways to cut them. *Chunks* are rows of
 all columns, which any file of `ops` can work on (`rows`, the one for the device). *Tiles* are columns of many rows, in the order of the
-columns: W is read once, dW is written once, and on the CPU a tile is still in the cache when its rows are summed. Values and tangents
-are carried from tile to tile (`tiles`, on the CPU); a gradient goes by tiles wherever the values have left the state of their rows.
+columns: W is read once, dW is written once, and a tile is still in the cache when its rows are summed. That is how values, tangents and the
+gradient of values go on the CPU, where `tiles` carries what is known of a row from tile to tile.
 Products are the library's. Logits have the dtype of h, as the layer itself would give them; sums over rows (dW, db) or over tiles (dh)
 are kept in float32 or wider (docs/theory.md, section 2).
 """
@@ -29,7 +29,7 @@ from . import cpu, tiles
 from .reference import RowValues, compute_dtype
 
 TILE_COLUMNS = 4096
-TILE_ROWS = 1024  # on the CPU
+TILE_ROWS = 1024
 
 
 class Head(NamedTuple):
@@ -57,7 +57,7 @@ def linear_values(x: Point) -> RowValues:
 
 
 def linear_values_and_state(x: Point) -> tuple[RowValues, Tensor]:
-    """F, and the state of the rows that `linear_cotangents` can take over, [N, 3]; [N, 0] where `rows` has none to give."""
+    """F, and the state of the rows that `linear_cotangents` can take over, [N, 3]; [N, 0] where they are not carried."""
     if _carried(x):
         carry, z_y = (
             tiles.carry(len(x.targets), 0),
@@ -69,15 +69,10 @@ def linear_values_and_state(x: Point) -> tuple[RowValues, Tensor]:
         return tiles.values(carry, z_y, x.targets, x.temperature, _dtype(x)), tiles.state(
             carry, x.temperature
         )
-    out, states = _empty(x), []
+    out = _empty(x)
     for b, z in _chunks(x, 1):
-        if hasattr(x.rows, "row_values_and_state"):
-            part, state = x.rows.row_values_and_state(z, x.targets[b], x.temperature[b])
-            states.append(state)
-        else:
-            part = x.rows.row_values(z, x.targets[b], x.temperature[b])
-        _put(out, b, part)
-    return out, torch.cat(states) if states else out.entropy.new_empty(len(x.targets), 0)
+        _put(out, b, x.rows.row_values(z, x.targets[b], x.temperature[b]))
+    return out, out.entropy.new_empty(len(x.targets), 0)
 
 
 def linear_tangents(x: Point, v: Head) -> RowValues:
@@ -149,18 +144,17 @@ def _tiled_cotangents(
     N, wide = len(h), compute_dtype(h.dtype)
     q, g, l = weights  # noqa: E741
     g = torch.where(x.targets < 0, 0.0, g)
-    row_cotangents = tiles.cotangents if x.rows is cpu else x.rows.row_cotangents
     new = torch.empty_like if N else torch.zeros_like
     dh = torch.zeros_like(h, dtype=wide) if wanted[0] else None
     dW = new(W) if wanted[1] else None
     db = new(bias) if wanted[2] and bias is not None else None
     d_tile, d_bias = torch.empty(0), torch.empty(0)
-    for b, c, z, *spare in _tiles(x, 1 + (x.softcap is not None), weight=wanted[1]):
+    for b, c, z, *spare in _tiles(x, 1 + (x.softcap is not None)):
         da = spare[0] if spare else z
         y = x.targets[b] - c.start
         elsewhere = (y < 0) | (y >= z.shape[1])
         y, rest = torch.where(elsewhere, -1, y), torch.where(elsewhere, l[b] - g[b], l[b])
-        row_cotangents(z, y, x.temperature[b], q[b], g[b], rest, state=state[b], out=da)
+        tiles.cotangents(z, y, x.temperature[b], q[b], g[b], rest, state=state[b], out=da)
         if x.softcap is not None:
             da *= _slope(z, x.softcap)
         if dh is not None:
@@ -225,27 +219,21 @@ def _chunks(x: Point, buffers: int, *, sums: bool = False) -> Iterator[Any]:
         yield b, z, *spare
 
 
-def _tiles(x: Point, buffers: int, *, weight: bool = False) -> Iterator[Any]:
+def _tiles(x: Point, buffers: int) -> Iterator[Any]:
     """(rows, columns, their logits, further buffers of that size), columns in order and all rows of them before the next.
 
-    A tile has as many rows as fit 7/8 of `workspace`, products in 16 bits that wait to be added included, and 4096 columns: the CPU's
-    products are at full speed then, and a row is worked through in whole parts (`CHUNK` in csrc). Elsewhere it is as wide as memory
-    allows, for the fewest additions to dh.
+    A tile has 4096 columns, at which the products are at full speed and a row is worked through in whole parts (`CHUNK` in csrc), and
+    as many rows as fit 7/8 of `workspace` with two buffers, products in 16 bits that wait to be added included. Its shape depends on
+    nothing else: the state of a row belongs to logits of certain bits, and products of the same shapes make the same again.
     """
     h, W, _ = x.head
-    assert h is not None and W is not None
+    assert h is not None and W is not None and buffers <= 2
     N, (V, D) = len(h), W.shape
     size, budget = h.element_size(), x.workspace * 7 // 8
-    cell = _held(x, buffers) * size
-    per_row = D * size if size == 2 else 0
-    per_column = D * (size + 4) if size == 2 and weight else 0
+    per_row, per_column = (D * size, D * (size + 4)) if size == 2 else (0, 0)
     width = min(V, TILE_COLUMNS)
-    height = max(1, min(N, (budget - width * per_column) // (width * cell + per_row)))
-    if h.device.type == "cpu":
-        height = min(height, TILE_ROWS)
-    else:
-        widest = (budget - height * per_row) // (height * cell + per_column)
-        width = min(V, max(width, widest // 256 * 256))
+    fit = (budget - width * per_column) // (width * _held(x, 2) * size + per_row)
+    height = max(1, min(N, TILE_ROWS, fit))
     memory = h.new_empty((buffers, height * width))
     for left in range(0, V, width):
         c = slice(left, min(left + width, V))
