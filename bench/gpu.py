@@ -121,7 +121,11 @@ def table(title: str, found: Mapping[str, Any], ours: str = "ours") -> list[str]
 
 
 def left_out(reasons: Mapping[str, str]) -> list[str]:
-    return ["", *(f"Not timed: {name}, {reason}." for name, reason in reasons.items())] if reasons else []
+    return (
+        ["", *(f"Not timed: {name}, {reason.rstrip('.')}." for name, reason in reasons.items())]
+        if reasons
+        else []
+    )
 
 
 def run_all(
