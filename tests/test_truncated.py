@@ -246,6 +246,9 @@ def test_a_target_outside_the_set_has_logprob_minus_infinity_and_no_gradient():
         torch.isfinite(gradient).all() and (gradient[[0, 2, 3, 4, 5]] == 0).all() and (gradient[1] != 0).any()
     )
     assert (tangent[[0, 2, 3, 4, 5]] == 0).all() and tangent[1] != 0
+    for tail in (True, False):  # nor where −inf itself is differentiated
+        bare = grad(lambda z, t=tail: truncated_entropy(z, y, top_k=3, tail=t).logprob.sum())(z)
+        assert torch.equal(bare, gradient)
 
 
 def test_nothing_flows_into_masked_columns_or_across_the_set():
