@@ -67,7 +67,7 @@ def widened(arguments):
     )
 
 
-def assert_close(name, got, want, dtype, floor=0.0):
+def assert_close(name, got, want, dtype, floor=0.0, written=1.0):
     """Values to their own size, log-odds as the mass they stand for, derivatives to the largest of their kind, gradients of their row."""
     if not isinstance(got, torch.Tensor):
         for i, (g, w) in enumerate(zip(got, want, strict=True)):
@@ -80,6 +80,10 @@ def assert_close(name, got, want, dtype, floor=0.0):
         return
     assert got.dtype == dtype and got.shape == want.shape
     scale = want.abs().amax(-1, keepdim=True) if want.numel() else want
-    bound = tolerance("row_cotangents", dtype) * scale + (6e-8 if dtype == torch.float16 else 0.0) + floor
+    bound = (
+        written * tolerance("row_cotangents", dtype) * scale
+        + (6e-8 if dtype == torch.float16 else 0.0)
+        + floor
+    )
     error = (got.double() - want).abs()
     assert (error <= bound).all(), (name, (error / scale).max())

@@ -24,6 +24,11 @@ def small_tiles(monkeypatch):
     monkeypatch.setattr(triton_parts, "part_width", lambda V, dtype, tangents=0: 512)
 
 
+def written(dtype):
+    """The interpreter cuts float32 to bfloat16 where a GPU rounds: a whole last place instead of half of one."""
+    return 2.0 if DEVICE == "cpu" and dtype == torch.bfloat16 else 1.0
+
+
 def found(name, z, kept, u, v, y, tau, w):
     there = [x.to(DEVICE) for x in (z, kept, u, v, y, tau)]
     got = FUNCTIONS[name](triton_parts, *there, [x.to(DEVICE) for x in w])
@@ -38,7 +43,8 @@ def found(name, z, kept, u, v, y, tau, w):
 )
 def test_equals_the_specification(name, dtype, kind):
     arguments = part_case(4, 1100, dtype, kind)
-    assert_close(name, found(name, *arguments), FUNCTIONS[name](parts, *widened(arguments)), dtype)
+    want = FUNCTIONS[name](parts, *widened(arguments))
+    assert_close(name, found(name, *arguments), want, dtype, written=written(dtype))
 
 
 @pytest.mark.parametrize(
@@ -50,7 +56,7 @@ def test_hard_rows(name, dtype, kind):
     """Rising, tied, uniform, masked, peaked, shifted."""
     arguments = part_case(12, 1200, dtype, kind, hard=True)
     want = FUNCTIONS[name](parts, *widened(arguments))
-    assert_close(name, found(name, *arguments), want, dtype, floor=1e-37)
+    assert_close(name, found(name, *arguments), want, dtype, floor=1e-37, written=written(dtype))
 
 
 @each_function
