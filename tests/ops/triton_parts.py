@@ -53,10 +53,10 @@ def test_equals_the_specification(name, dtype, kind):
 @each_dtype
 @pytest.mark.parametrize("kind", ["few", pytest.param("given", marks=slow), pytest.param("all", marks=slow)])
 def test_hard_rows(name, dtype, kind):
-    """Rising, tied, uniform, masked, peaked, shifted."""
+    """Rising, tied, uniform, masked, peaked, shifted; gradients within three times the bound, as for whole rows of this kind."""
     arguments = part_case(12, 1200, dtype, kind, hard=True)
     want = FUNCTIONS[name](parts, *widened(arguments))
-    assert_close(name, found(name, *arguments), want, dtype, floor=1e-37, written=written(dtype))
+    assert_close(name, found(name, *arguments), want, dtype, floor=1e-37, written=3.0)
 
 
 @each_function
