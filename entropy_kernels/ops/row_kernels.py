@@ -391,10 +391,10 @@ def write_cotangents(
 
     column = tile * BLOCK + tl.arange(0, CHUNK)
     here = (target >= tile * BLOCK) & (target < tile * BLOCK + BLOCK)
-    z_y = tl.load(z + r * z_row + target * z_column, mask=here, other=0.0).to(
-        T
-    )  # before anything is written over it
+    z_y = tl.load(z + r * z_row + target * z_column, mask=here, other=0.0).to(T)
     z_a = _chunks(z, r, column, V, z_row, z_column, float("-inf"), C)
+    if here:
+        tl.debug_barrier()  # every thread has read z_y before another one writes over it, where out is z
     away = k0 - g_r * scale
     for i in tl.static_range(C):
         d = _distance(_wide(z_a[i], T, PTX), peak, tau_r)
@@ -464,12 +464,12 @@ def write_cotangent_tangents(
 
     column = tile * BLOCK + tl.arange(0, CHUNK)
     here = (target >= tile * BLOCK) & (target < tile * BLOCK + BLOCK)
-    z_y = tl.load(z + r * z_row + target * z_column, mask=here, other=0.0).to(
-        T
-    )  # before anything is written over them
+    z_y = tl.load(z + r * z_row + target * z_column, mask=here, other=0.0).to(T)
     v_y = tl.load(v + r * v_row + target * v_column, mask=here, other=0.0).to(T)
     z_a = _chunks(z, r, column, V, z_row, z_column, float("-inf"), C)
     v_a = _chunks(v, r, column, V, v_row, v_column, 0.0, C)
+    if here:
+        tl.debug_barrier()  # every thread has read z_y and v_y before another one writes over them, where out is z or v
     away = k2 - dg_r * scale
     for i in tl.static_range(C):
         d = _distance(_wide(z_a[i], T, PTX), peak, tau_r)
