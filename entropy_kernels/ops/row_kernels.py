@@ -344,9 +344,10 @@ def merge_tiles(
             cov_uv = tl.load(at + 9, mask=mask, other=0.0).to(tl.float64) * share
             kappa = tl.load(at + 10, mask=mask, other=0.0).to(tl.float64) * share
             _, _, b = _mean(u_peaks, sum_u, first, t, share, weight)
-            covariance = tl.sum(weight * (cov_uv + b * g), 0) / (tau_r * tau_r)
+            inv_tau = 1.0 / tau_r
+            covariance = tl.sum(weight * (cov_uv + b * g), 0) * inv_tau * inv_tau
             kappa = kappa + a * cov_uv + b * cov_dv + g * cov_du + a * b * g
-            kappa3 = tl.sum(weight * kappa, 0) / (tau_r * tau_r * tau_r)
+            kappa3 = tl.sum(weight * kappa, 0) * inv_tau * inv_tau * inv_tau
             tl.store(entropy + r, -covariance - kappa3)
             tl.store(logprob + r, tl.where(has_target, -covariance, 0.0))
             tl.store(logsumexp + r, covariance)
@@ -456,11 +457,12 @@ def write_cotangent_tangents(
     q_r, l_r, dq_r, dl_r = tl.load(q + r), tl.load(l + r), tl.load(dq + r), tl.load(dl + r)
     g_r = tl.where(target < 0, 0.0, tl.load(g + r))
     dg_r = tl.where(target < 0, 0.0, tl.load(dg + r))
-    scale = 1.0 / ((1.0 + s1) * tau_r)
-    k0 = (l_r - g_r - q_r) * scale / tau_r
-    k1 = -q_r * scale / (tau_r * tau_r)
+    inv_tau = 1.0 / tau_r
+    scale = inv_tau / (1.0 + s1)
+    k0 = (l_r - g_r - q_r) * scale * inv_tau
+    k1 = -q_r * scale * inv_tau * inv_tau
     k2 = (dl_r - q_r * d_entropy) * scale
-    k3 = -dq_r * scale / tau_r
+    k3 = -dq_r * scale * inv_tau
 
     column = tile * BLOCK + tl.arange(0, CHUNK)
     here = (target >= tile * BLOCK) & (target < tile * BLOCK + BLOCK)
