@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from entropy_kernels import attention
 from entropy_kernels.checkpoints import adapter_directory, base_with_adapter, load_model
 from entropy_kernels.errors import UserError
-from entropy_kernels.functional import entropy_logprob, truncated_entropy
+from entropy_kernels.functional import EntropyLogprob, TruncatedEntropy, entropy_logprob, truncated_entropy
 from entropy_kernels.head import check_head, declared_head, logits_of, longest_sequence
 from entropy_kernels.rewrites import Rewrites
 from entropy_kernels.selection import select_parameters
@@ -292,15 +292,19 @@ class Policy:
     def rows(self, params: Parameters, micro: MicroBatch) -> tuple[Tensor, Tensor]:
         """(entropy, logprob) [R] of a micro-batch's response tokens as a function of `params`; every derivative exists.
 
-        A truncated policy's logits are −∞ outside the sets it keeps at θ, and these do not depend on `params`.
+        A truncated policy's are those of the sets it keeps at θ, which do not depend on `params`.
         """
         kept = None if self.truncation is None else self._kept(self.truncation, micro)
 
         def each(where: slice, output: Tensor) -> tuple[Tensor, Tensor]:
             z = self.logits_of(output)
-            if kept is not None:
-                z = z.masked_fill(~kept(where).tokens, -torch.inf)
-            found = entropy_logprob(z, micro.targets[where], temperature=self.temperature)
+            targets, temperature = micro.targets[where], self.temperature
+            found: EntropyLogprob | TruncatedEntropy
+            if kept is None:
+                found = entropy_logprob(z, targets, temperature=temperature)
+            else:
+                S = kept(where).tokens
+                found = truncated_entropy(z, targets, kept=S, temperature=temperature, tail=False)
             assert found.logprob is not None  # there are targets
             return found.entropy, found.logprob
 

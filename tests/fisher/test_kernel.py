@@ -201,6 +201,12 @@ def test_float32_is_close_to_float64_and_stays_float32():
 def test_truncated_policies():
     policy = Policy.from_model(families.model("qwen2"), temperature=0.8, micro_batch_tokens=24, top_k=5)
     batch = tiny.batch()
+    ids, generator = batch.input_ids.clone(), torch.Generator().manual_seed(6)
+    for i, column in batch.response_mask.nonzero().tolist():  # tokens that the truncated policy can draw
+        before = ids[i, :column][batch.attention_mask[i, :column]][None]
+        best = policy.model(before).logits[0, -1].topk(5).indices
+        ids[i, column] = best[torch.randint(5, (), generator=generator)]
+    batch = batch._replace(input_ids=ids)
     want = brute_force(policy, batch)
     assert off(brute_force(policy.full(), batch), want) > 0.01
     got = fisher_kernel(policy, batch, method="layers")
